@@ -1,0 +1,1 @@
+"""The `fastvlm` command: each file parses one subcommand, calls one public function, prints."""

@@ -1,0 +1,64 @@
+"""What a generation reports: text as it appears, the end and why, the time it took.
+
+Plain values without arrays, so they may cross threads and be serialised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Times in milliseconds, sizes in bytes, counts in embedding positions (prompt) or tokens.
+
+    The four stage times are None unless the call was profiled (each stage is then fenced, which
+    slows the whole down). `ttft_ms` is from the call to the first token id on the host, unfenced;
+    it is None in a profiled run. `decode_tps` is tokens per second after the first.
+    """
+
+    preprocess_ms: float | None
+    vision_ms: float | None
+    projector_ms: float | None
+    prefill_ms: float | None
+    ttft_ms: float | None
+    decode_tps: float | None
+    prompt_tokens: int
+    reused_tokens: int
+    generated_tokens: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text, always whole characters, and the token ids that completed it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a generation."""
+
+    finish_reason: FinishReason
+    stats: Stats
+
+
+GenerationEvent = TextDelta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A whole answer. `text` excludes stop tokens and stop strings; `token_ids` is every id
+    generated, the stop id included; `logprobs` is empty unless asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+    logprobs: tuple[float, ...] = ()

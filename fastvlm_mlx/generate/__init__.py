@@ -1,0 +1,1 @@
+"""The generation loop: prefill, decode, sampling, beam search, caches. Knows no files."""

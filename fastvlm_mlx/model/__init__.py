@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the FastVLM network. Knows no files and no text."""
