@@ -1,0 +1,124 @@
+"""MLX's backend and device: is exactly one backend installed, and which device to use.
+
+Knows how MLX is packaged (on Linux the backend is a distribution of its own, and two of them
+overwrite each other's `libmlx.so`) and why compilation is off on a CPU. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from fastvlm_mlx.errors import BackendError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+# The Linux backends as distributions, with the extra of ours that installs each.
+_BACKENDS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
+
+_compile_disabled_here = False
+
+
+def require_backend() -> None:
+    """Check that MLX can be imported and has exactly one backend; imports `mlx.core`.
+
+    Raises:
+        BackendError: no backend or several are installed, or MLX does not load.
+    """
+    versions = _installed_backends() if sys.platform == "linux" else {}
+    if len(versions) > 1:
+        # The GPU one is the likelier wish: it is never installed by default.
+        wanted = max(versions)
+        raise BackendError(
+            f"{' and '.join(versions)} are installed together and overwrite each other; run: "
+            f"pip uninstall -y {' '.join(versions)} && pip install {_extra(wanted)}"
+        )
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError as error:
+        raise BackendError(_why_no_mlx(versions, error)) from error
+
+
+def select_device(name: str | None = None) -> mx.Device:
+    """Make `name` ("cpu", "gpu", or None for MLX's own choice) the default device; return it.
+
+    On a CPU, `mx.compile` is switched off for the process: there it calls `g++` at run time, which
+    a user's machine may lack, and the loops it makes are not vectorised, so they are slower than
+    MLX's own. Selecting a GPU later switches it on again, unless MLX_DISABLE_COMPILE is set.
+
+    Raises:
+        BackendError: unknown name, no GPU in this machine or this MLX, or no working MLX.
+    """
+    global _compile_disabled_here
+    require_backend()
+    import mlx.core as mx
+
+    if name not in (None, "cpu", "gpu"):
+        raise BackendError(f"unknown device {name!r}: use cpu or gpu")
+    if name == "gpu" and not mx.is_available(mx.gpu):
+        raise BackendError(f"no GPU is usable here: {_gpu_advice()}, or use --device cpu")
+    if name is not None:
+        mx.set_default_device(mx.cpu if name == "cpu" else mx.gpu)
+    device = mx.default_device()
+    if device.type == mx.DeviceType.cpu:
+        mx.disable_compile()
+        _compile_disabled_here = "MLX_DISABLE_COMPILE" not in os.environ
+    elif _compile_disabled_here:
+        mx.enable_compile()
+        _compile_disabled_here = False
+    return device
+
+
+def _installed_backends() -> dict[str, str]:
+    """The installed backend distributions and their versions."""
+    versions = {}
+    for name in _BACKENDS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _why_no_mlx(versions: dict[str, str], error: ImportError) -> str:
+    """One line for a failed `import mlx.core`; `versions` holds the installed backend, if any."""
+    try:
+        mlx = metadata.version("mlx")
+    except metadata.PackageNotFoundError:
+        return f"MLX is not installed; run: pip install {_extra('mlx-cpu')}{_or_cuda()}"
+    if sys.platform == "linux" and not versions:
+        return (
+            f"MLX has no backend: mlx {mlx} on Linux needs one; "
+            f"run: pip install {_extra('mlx-cpu')}{_or_cuda()}"
+        )
+    for name, version in versions.items():
+        if version != mlx:  # `pip install -U mlx` alone leaves the backend behind
+            return f"mlx {mlx} and {name} {version} do not match; run: pip install {name}=={mlx}"
+    reason = f"MLX {mlx} does not load ({str(error).splitlines()[0]})"
+    cuda = next((name for name in versions if name != "mlx-cpu"), None)
+    if cuda is not None:
+        return (
+            f"{reason}; check the NVIDIA driver, or go without the GPU: "
+            f"pip uninstall -y {cuda} && pip install {_extra('mlx-cpu')}"
+        )
+    return f"{reason}; run: pip install --force-reinstall {' '.join(['mlx', *versions])}"
+
+
+def _extra(backend: str) -> str:
+    """What to give pip for `backend`; macOS needs no extra."""
+    if sys.platform != "linux":
+        return "fastvlm-mlx"
+    return f"'fastvlm-mlx[{_BACKENDS[backend]}]'"
+
+
+def _or_cuda() -> str:
+    return " (or [cuda12], [cuda13] for an NVIDIA GPU)" if sys.platform == "linux" else ""
+
+
+def _gpu_advice() -> str:
+    if sys.platform == "linux":
+        return "it takes an NVIDIA GPU and 'fastvlm-mlx[cuda12]' in place of [cpu]"
+    return "it takes Apple silicon"
