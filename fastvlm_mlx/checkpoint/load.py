@@ -1,0 +1,190 @@
+"""Weights into the model: read, folded or dequantized, cast once, evaluated, module by module.
+
+The source of each module is let go before the next is read, so that loading peaks little above
+what stays. Every shape is checked; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths
+from fastvlm_mlx.checkpoint.layouts import first_few
+from fastvlm_mlx.checkpoint.store import EMBEDDING, HEAD, Checkpoint, target_dtype
+from fastvlm_mlx.checkpoint.tensors import TensorReader
+from fastvlm_mlx.errors import CheckpointMismatch
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.vision import pixel_fold
+
+log = logging.getLogger("fastvlm_mlx")
+
+Progress = Callable[[int, int], None]
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype,
+    *,
+    dequantize: bool,
+    progress: Progress | None = None,
+) -> FastVLM:
+    """Read, fold and cast every weight; return the model, evaluated.
+
+    `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
+    `progress` gets (bytes read, bytes in all). Raises CheckpointMismatch for tensors that do not
+    fit and CheckpointError for a file that cannot be read.
+    """
+    total, done = checkpoint.stored_bytes, 0
+    weights = []
+    # Freed source buffers would otherwise stay in MLX's cache beside the weights.
+    cache_limit = mx.set_cache_limit(0)
+    try:
+        checkpoint = _decide_tied(checkpoint)
+        for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize):
+            weights.append((name, array))
+            done += stored_bytes
+            if progress is not None:
+                progress(min(done, total), total)
+    finally:
+        mx.set_cache_limit(cache_limit)
+    model = FastVLM(checkpoint.config, dtype)
+    if not dequantize:
+        _make_quantized(model, checkpoint)
+    model.load_weights(weights, strict=True)
+    model.eval()
+    return model
+
+
+def _weights(
+    checkpoint: Checkpoint, dtype: mx.Dtype, dequantize: bool
+) -> Iterator[tuple[str, mx.array, int]]:
+    """Yield (path in the model, evaluated array, stored bytes it took), module by module."""
+    reader = TensorReader()
+    yield from _tower(checkpoint, reader, dtype)
+    shapes = checkpoint.shapes
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("vision."):
+            continue
+        path, leaf = name.rsplit(".", 1)
+        quantized = f"{path}.scales" in checkpoint.tensors
+        if quantized and dequantize and leaf in ("scales", "biases"):
+            continue
+        array = tensor.read(reader)
+        if quantized and dequantize and leaf == "weight":
+            array = _dequantized(checkpoint, path, array, reader)
+        if dequantize or not quantized:
+            # Only a padded vocabulary is longer than the config says (`store.py` checked).
+            array = array[: shapes[name][0]].astype(dtype)
+        elif tensor.stored.dtype in _FLOATS:
+            array = array.astype(dtype)
+        mx.eval(array)
+        yield name, array, tensor.stored.nbytes
+
+
+def _tower(
+    checkpoint: Checkpoint, reader: TensorReader, dtype: mx.Dtype
+) -> Iterator[tuple[str, mx.array, int]]:
+    """Fold the tower; raises CheckpointMismatch for arrays missing, left over or mis-shaped."""
+    shapes = checkpoint.shapes
+    where = checkpoint.layout.name
+    for path in module_paths(checkpoint.config.vision):
+        prefix = f"vision.{path}."
+        tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        stored_bytes = sum(tensor.stored.nbytes for tensor in tensors.values())
+        group = {name.removeprefix(prefix): t.read(reader) for name, t in tensors.items()}
+        try:
+            fused = fuse_module(
+                path, group, checkpoint.config.vision, pixel_scale=pixel_fold(dtype)
+            )
+        except KeyError as error:
+            raise CheckpointMismatch(
+                f"{where}: {prefix}{error.args[0]} is missing (present: {first_few(tensors)})"
+            ) from error
+        except ValueError as error:
+            raise CheckpointMismatch(f"{where}: {prefix}* do not fit together: {error}") from error
+        if group:
+            left = first_few([tensors[prefix + name].stored.name for name in group])
+            raise CheckpointMismatch(f"{where}: tensors without a place: {left}")
+        for name in list(fused):
+            array = fused.pop(name)
+            if tuple(array.shape) != shapes[prefix + name]:
+                raise CheckpointMismatch(
+                    f"{where}: {prefix}{name} is {tuple(array.shape)}, "
+                    f"the config asks for {shapes[prefix + name]}"
+                )
+            array = array.astype(target_dtype(prefix + name, dtype), stream=mx.cpu)
+            mx.eval(array)
+            yield prefix + name, array, stored_bytes
+            stored_bytes = 0
+
+
+def _dequantized(
+    checkpoint: Checkpoint, path: str, weight: mx.array, reader: TensorReader
+) -> mx.array:
+    """Return the float32 matrix that a packed weight stands for."""
+    assert checkpoint.config.quant is not None
+    bits, group_size, mode = checkpoint.config.quant.of(path)
+    scales = checkpoint.tensors[f"{path}.scales"].read(reader)
+    biases = checkpoint.tensors.get(f"{path}.biases")
+    if mode == "affine":
+        scales = scales.astype(mx.float32)
+    return mx.dequantize(
+        weight,
+        scales,
+        biases.read(reader).astype(mx.float32) if biases else None,
+        group_size=group_size,
+        bits=bits,
+        mode=mode,
+    )
+
+
+def _make_quantized(model: FastVLM, checkpoint: Checkpoint) -> None:
+    quant = checkpoint.config.quant
+    if quant is None:
+        return
+
+    def settings(path: str, _module: nn.Module) -> bool | dict[str, int | str]:
+        if f"{path}.scales" not in checkpoint.tensors:
+            return False
+        bits, group_size, mode = quant.of(path)
+        return {"bits": bits, "group_size": group_size, "mode": mode}
+
+    nn.quantize(model, class_predicate=settings)
+
+
+def _decide_tied(checkpoint: Checkpoint) -> Checkpoint:
+    """Decide by the tensors: no head, or one equal to the embedding, is tied and dropped."""
+    tied = checkpoint.config.decoder.tied or _equal_head(checkpoint)
+    if checkpoint.stated_tied and not tied:
+        log.warning("config.json says the head is tied, but lm_head differs: using lm_head")
+    tensors = checkpoint.tensors
+    if tied:
+        tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD + ".")}
+    decoder = dataclasses.replace(checkpoint.config.decoder, tied=tied)
+    config = dataclasses.replace(checkpoint.config, decoder=decoder)
+    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
+
+
+def _equal_head(checkpoint: Checkpoint) -> bool:
+    """Whether every tensor of the head equals the embedding's, bit for bit."""
+    reader = TensorReader()
+    for leaf in ("weight", "scales", "biases"):
+        head = checkpoint.tensors.get(f"{HEAD}.{leaf}")
+        embedding = checkpoint.tensors.get(f"{EMBEDDING}.{leaf}")
+        if (head is None) != (embedding is None):
+            return False
+        if head is None or embedding is None:
+            continue
+        if head.shape != embedding.shape or head.stored.dtype != embedding.stored.dtype:
+            return False
+        same = mx.array_equal(head.read(reader), embedding.read(reader), stream=mx.cpu)
+        if not same.item():
+            return False
+    return True

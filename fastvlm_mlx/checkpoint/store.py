@@ -1,0 +1,216 @@
+"""Understand any checkpoint folder from its config.json and headers; read no weights.
+
+Every tensor is accounted for: mapped and fitting, or named in the error. Sources stay untouched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fastvlm_mlx.checkpoint import layouts
+from fastvlm_mlx.checkpoint.fuse import module_paths
+from fastvlm_mlx.checkpoint.layouts import Transform, WeightLayout, first_few
+from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm
+from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, find_tensors, read_json
+from fastvlm_mlx.config import PRESETS, ModelConfig
+from fastvlm_mlx.errors import CheckpointMismatch
+from fastvlm_mlx.model.fastvlm import FastVLM
+
+EMBEDDING = "decoder.qwen2.model.embed_tokens"
+HEAD = "decoder.qwen2.lm_head"
+_PACKED = ("weight", "scales", "biases")
+_PADDED_ROWS = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class MappedTensor:
+    """A stored tensor under its canonical name, and how to bring it into our axis order."""
+
+    stored: StoredTensor
+    transform: Transform
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in our axis order."""
+        shape = self.stored.shape
+        if self.transform == "OIHW" and len(shape) == 4:
+            return (shape[0], shape[2], shape[3], shape[1])
+        return shape
+
+    def read(self, reader: TensorReader) -> mx.array:
+        """Return its values in our axis order, unevaluated."""
+        array = reader.take(self.stored)
+        if self.transform == "OIHW" and array.ndim == 4:
+            array = array.transpose(0, 2, 3, 1)
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder understood but not loaded: its layout, sizes, and where each tensor is.
+
+    `shapes` are those of the unquantized model's parameters, by path. `config.decoder.tied` says
+    that no head is stored; `stated_tied` is what config.json claims.
+    """
+
+    folder: Path
+    layout: WeightLayout
+    config: ModelConfig
+    tensors: Mapping[str, MappedTensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    stated_tied: bool | None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors the model needs, as stored."""
+        return sum(tensor.stored.nbytes for tensor in self.tensors.values())
+
+    @property
+    def quantized_paths(self) -> tuple[str, ...]:
+        """Canonical paths of the modules that are stored quantized."""
+        return tuple(
+            name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")
+        )
+
+    def resident_bytes(self, dtype: mx.Dtype, *, dequantize: bool) -> int:
+        """Return bytes of the loaded model's weights with activations in `dtype`."""
+        total = 0
+        for name, shape in self.shapes.items():
+            path = name.removesuffix(".weight")
+            if f"{path}.scales" in self.tensors and not dequantize:
+                leaves = (self.tensors.get(f"{path}.{leaf}") for leaf in _PACKED)
+                total += sum(leaf.stored.nbytes for leaf in leaves if leaf)
+            else:
+                total += math.prod(shape) * target_dtype(name, dtype).size
+        return total
+
+
+def open_checkpoint(folder: Path, *, vision_from: Path | None = None) -> Checkpoint:
+    """Recognise a model folder from its config.json and tensor names; read no weights.
+
+    `vision_from` is the folder that holds the tower where `folder` holds none. Raises
+    CheckpointError, CheckpointMismatch or ConfigError, each one line.
+    """
+    raw = read_json(folder / "config.json")
+    require_fastvlm(raw)
+    stored = find_tensors(folder)
+    layout = layouts.recognise(stored)
+    renamed = layout.rename_all(stored)
+    tensors = {
+        name: MappedTensor(stored[source], transform)
+        for name, (source, transform) in renamed.items()
+    }
+    tower = None
+    if vision_from is not None:
+        tower = open_checkpoint(vision_from)
+        tensors = {
+            **{name: t for name, t in tensors.items() if not name.startswith("vision.")},
+            **{name: t for name, t in tower.tensors.items() if name.startswith("vision.")},
+        }
+    elif not layout.has_tower:
+        raise CheckpointMismatch(
+            f"{folder} is an export for Apple's app and holds no vision tower: "
+            f"its original does ({_original(raw.get('hidden_size'))}), add --vision-from with it"
+        )
+    config = read_config(
+        raw,
+        layout.name,
+        has_head=f"{HEAD}.weight" in tensors,
+        rename_module=lambda path: _rename_module(layout, path),
+        vision=tower.config.vision if tower else None,
+    )
+    text = raw.get("text_config") or {}
+    stated_tied = text.get("tie_word_embeddings", raw.get("tie_word_embeddings"))
+    checkpoint = Checkpoint(folder, layout, config, tensors, _shapes(config), stated_tied)
+    _check_fit(checkpoint)
+    return checkpoint
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of the unquantized model, by path."""
+    parameters = tree_flatten(FastVLM(config, mx.float32).parameters())
+    return {name: tuple(array.shape) for name, array in parameters}
+
+
+def target_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
+    """Return what a weight is kept in: `dtype`, but float32 where a float16 tower overflows.
+
+    From the second position encoding on, activations were measured near float16's largest value.
+    """
+    tail = ("vision.stages.4.pos_emb.", "vision.stages.4.blocks.", "vision.expansion.")
+    return mx.float32 if dtype == mx.float16 and name.startswith(tail) else dtype
+
+
+def _check_fit(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointMismatch for tensors without a place, missing, or of the wrong shape.
+
+    The tower's are checked as far as names go without folding; `load.py` checks the rest.
+    """
+    where, tensors, shapes = checkpoint.layout.name, checkpoint.tensors, checkpoint.shapes
+    modules = tuple(f"vision.{path}." for path in module_paths(checkpoint.config.vision))
+    places = {
+        *(name for name in shapes if not name.startswith("vision.")),
+        *(f"{path}.{leaf}" for path in checkpoint.quantized_paths for leaf in _PACKED),
+    }
+    extra = [
+        tensor.stored.name
+        for name, tensor in tensors.items()
+        if not name.startswith(modules) and name not in places
+    ]
+    if extra:
+        raise CheckpointMismatch(f"{where}: tensors without a place: {first_few(extra)}")
+    missing = [name for name in shapes if not name.startswith("vision.") and name not in tensors]
+    missing += [m + "*" for m in modules if not any(name.startswith(m) for name in tensors)]
+    if missing:
+        raise CheckpointMismatch(f"{where}: {len(missing)} tensors missing: {first_few(missing)}")
+    for name, shape in shapes.items():
+        if not name.startswith("vision."):
+            _check_shape(checkpoint, name, shape)
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Compare a tensor's stored shape, packed or not, with what the config asks for."""
+    tensor = checkpoint.tensors[name]
+    found = tensor.shape
+    path = name.removesuffix(".weight")
+    if f"{path}.scales" in checkpoint.tensors:
+        quant = checkpoint.config.quant
+        if quant is None:
+            raise CheckpointMismatch(
+                f"{tensor.stored.name} is quantized, but config.json has no quantization"
+            )
+        bits, group_size, _mode = quant.of(path)
+        rows, columns = shape
+        shape = (rows, columns * bits // 32)
+        scales = checkpoint.tensors[f"{path}.scales"]
+        if scales.shape != (found[0], columns // group_size):
+            raise CheckpointMismatch(
+                f"{scales.stored.name} is {scales.shape}, "
+                f"{(found[0], columns // group_size)} fits {bits} bits in groups of {group_size}"
+            )
+    if name in _PADDED_ROWS and found[0] > shape[0]:
+        found = (shape[0], *found[1:])
+    if found != shape:
+        raise CheckpointMismatch(f"{tensor.stored.name} is {found}, the config asks for {shape}")
+
+
+def _rename_module(layout: WeightLayout, path: str) -> str | None:
+    """Return the canonical path of a source module that holds a weight, None for others."""
+    try:
+        renamed = layout.rename(f"{path}.weight")
+    except KeyError:
+        return None
+    return renamed[0].removesuffix(".weight") if renamed else None
+
+
+def _original(hidden_size: object) -> str:
+    for size, preset in PRESETS.items():
+        if preset.decoder.hidden_size == hidden_size:
+            return f"apple/FastVLM-{size.upper()}"
+    return "the checkpoint it was exported from"

@@ -1,0 +1,68 @@
+"""FastVLM: tower, projector and decoder joined, and the splice of pictures into a prompt.
+
+Arrays in, arrays out. A prompt is a list of parts, each token ids or an encoded image; splicing is
+concatenation, so no sentinel id exists here and no position is ever computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.model.decoder import Decoder
+from fastvlm_mlx.model.projector import Projector
+from fastvlm_mlx.model.vision import FastViTHD
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedImage:
+    """A picture after tower and projector, reusable in any prompt of the same model.
+
+    `features` [tokens, hidden] in the model's dtype; `digest` names the pixels they came from.
+    """
+
+    features: mx.array
+    digest: str
+
+
+def pixel_digest(pixels: np.ndarray) -> str:
+    """Return blake2b of a uint8 picture [H,W,3] as given to the tower, and of its shape."""
+    state = hashlib.blake2b(digest_size=16)
+    state.update(repr(pixels.shape).encode())
+    state.update(np.ascontiguousarray(pixels).data)
+    return state.hexdigest()
+
+
+class FastVLM(nn.Module):
+    """The whole network. `dtype` is what activations and embeddings are computed in."""
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.vision = FastViTHD(config.vision)
+        self.projector = Projector(config.projector)
+        self.decoder = Decoder(config.decoder, dtype=dtype)
+
+    def encode_image(self, pixels: mx.array) -> mx.array:
+        """Return projected features [B, tokens, hidden] of `pixels` [B,H,W,3] uint8."""
+        return self.project(self.vision(pixels))
+
+    def project(self, features: mx.array) -> mx.array:
+        """Return embeddings [B, tokens, hidden] of tower features [B, tokens, 2C]."""
+        return self.projector(features.astype(self.dtype)).astype(self.dtype)
+
+    def embed(self, parts: Sequence[Sequence[int] | mx.array]) -> mx.array:
+        """Return embeddings [1, n, hidden] of token ids and features [tokens, hidden], in order."""
+        rows = [
+            (part if isinstance(part, mx.array) else self.decoder.embed(mx.array([part]))[0])
+            for part in parts
+            if len(part)
+        ]
+        return mx.concatenate([row.astype(self.dtype) for row in rows])[None]
