@@ -50,7 +50,7 @@ clean:
 # The stamps make setup incremental: it runs again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml .ci/venv
 	@sh .ci/venv $(VENV)
-	@echo "installing fastvlm-mlx$(RUN_EXTRAS) into $(VENV)"
+	@echo "installing fastvlm-mlx$(RUN_EXTRAS) into $(VENV), a minute or two"
 	@$(PIP_INSTALL) --editable '.$(RUN_EXTRAS)'
 	@touch $@
 
