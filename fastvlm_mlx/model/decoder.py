@@ -1,0 +1,64 @@
+"""The language model behind one small face: embed, hidden, logits. Today Qwen2, from mlx-lm.
+
+Knows Qwen2's sizes and whether its head is tied. Knows no tokens' meaning, no pictures, no
+sampling. Another decoder family (Vicuna, say) would change this file and no other.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from fastvlm_mlx.config import DecoderConfig
+from fastvlm_mlx.model.mlx_lm_parts import KVCache, Model, ModelArgs
+
+
+class Decoder(nn.Module):
+    """Qwen2 in three steps, so that the head runs only over the positions someone asks for.
+
+    `dtype` is that of all activations. It is given, never read off a weight: an embedding table
+    is uint32 once it is quantized, and a float32 picture would pull the whole decoder to float32.
+    Weights live under `qwen2.` with mlx-lm's names; quantized layers may replace them in place.
+    """
+
+    def __init__(self, config: DecoderConfig, *, dtype: mx.Dtype = mx.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.qwen2 = Model(
+            ModelArgs(
+                model_type="qwen2",
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                intermediate_size=config.intermediate_size,
+                num_attention_heads=config.num_heads,
+                num_key_value_heads=config.num_kv_heads,
+                rms_norm_eps=config.rms_norm_eps,
+                vocab_size=config.vocab_size,
+                max_position_embeddings=config.max_positions,
+                rope_theta=config.rope_theta,
+                tie_word_embeddings=config.tied,
+            )
+        )
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Token ids [B,n], any integer dtype, to embeddings [B,n,H] of `dtype`."""
+        return self.qwen2.model.embed_tokens(ids).astype(self.dtype)
+
+    def hidden(self, embeddings: mx.array, cache: list[KVCache] | None) -> mx.array:
+        """Run the layers: embeddings [B,n,H] to states [B,n,H] of `dtype`, after the final norm.
+
+        The n positions follow those in `cache`, which is advanced by n; None means no cache.
+        """
+        states = embeddings.astype(self.dtype)
+        return self.qwen2.model(None, cache=cache, input_embeddings=states)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Apply the head: states [B,m,H] to logits [B,m,V] of `dtype`."""
+        if self.config.tied:
+            return self.qwen2.model.embed_tokens.as_linear(hidden)
+        return self.qwen2.lm_head(hidden)
+
+    def make_cache(self) -> list[KVCache]:
+        """Return an empty KV cache, one entry a layer."""
+        return [KVCache() for _ in range(self.config.num_layers)]
