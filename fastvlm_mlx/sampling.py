@@ -45,3 +45,6 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
+
+
+GREEDY = Sampling()

@@ -1,0 +1,262 @@
+"""The public face: `load` a model, then encode, generate, stream, chat, score.
+
+Joins checkpoint, processor and pipeline. An Engine's fields never change; use it from the thread
+that loaded it, since MLX's arrays belong to that thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.checkpoint.hub import resolve
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.memory import free_bytes, require_memory
+from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
+from fastvlm_mlx.config import ImageMode, ModelConfig
+from fastvlm_mlx.errors import FastVLMError, PromptError
+from fastvlm_mlx.events import Generation, GenerationEvent
+from fastvlm_mlx.generate.loop import score_ids
+from fastvlm_mlx.generate.pipeline import AnswerOptions, Clock, ImageOptions, Picture, Pipeline
+from fastvlm_mlx.generate.session import ChatSession, collect
+from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.prompt.image import ImageSource
+from fastvlm_mlx.prompt.processor import Processor, Prompt
+from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
+from fastvlm_mlx.sampling import GREEDY, Sampling
+
+__all__ = ["EncodedImage", "Engine", "load"]
+
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# Folding and casting hold one module's source beside its result.
+_LOADING_SHARE = 1.2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A loaded model. `source` is the folder it came from, `layout` that folder's layout."""
+
+    pipeline: Pipeline
+    source: Path
+    layout: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's sizes."""
+        return self.pipeline.model.config
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What activations are computed in."""
+        return self.pipeline.model.dtype
+
+    def encode(
+        self,
+        source: ImageSource,
+        *,
+        resolution: int | None = None,
+        image_mode: ImageMode | None = None,
+        background: tuple[int, int, int] = (255, 255, 255),
+    ) -> EncodedImage:
+        """Return a picture's features [tokens, hidden], evaluated, for use in any prompt.
+
+        `source` is a path, http(s) or data: URL, "-" (stdin), encoded bytes, PIL image or array.
+        `resolution` is the side in pixels the tower sees, a multiple of 64. `background` is what
+        transparent pixels are laid on. Raises ImageError, FetchError or ConfigError.
+        """
+        options = ImageOptions(resolution=resolution, image_mode=image_mode, background=background)
+        encoded = self.pipeline.encode(source, options, Clock(profile=False))
+        mx.eval(encoded.features)
+        return encoded
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        num_beams: int = 1,
+        profile: bool = False,
+        system: str = DEFAULT_SYSTEM,
+        resolution: int | None = None,
+        image_mode: ImageMode | None = None,
+        background: tuple[int, int, int] = (255, 255, 255),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Answer one prompt about any number of pictures; the whole of what `stream` yields."""
+        return collect(
+            self.stream(
+                prompt,
+                images=images,
+                max_tokens=max_tokens,
+                sampling=sampling,
+                stop=stop,
+                logprobs=logprobs,
+                num_beams=num_beams,
+                profile=profile,
+                system=system,
+                resolution=resolution,
+                image_mode=image_mode,
+                background=background,
+                cancelled=cancelled,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        images: Sequence[Picture] = (),
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        logprobs: bool = False,
+        num_beams: int = 1,
+        profile: bool = False,
+        system: str = DEFAULT_SYSTEM,
+        resolution: int | None = None,
+        image_mode: ImageMode | None = None,
+        background: tuple[int, int, int] = (255, 255, 255),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Generator[GenerationEvent, None, None]:
+        """Yield TextDelta as text appears, then Finished; greedy unless `sampling` says else.
+
+        Each picture is rendered as `<image>` and a newline before the text, as LLaVA does.
+        `stop` strings end the answer and are not shown. `logprobs` adds each token's natural
+        log-probability. `num_beams` above 1 searches beams (greedy scores, nothing streams).
+        `profile` fences the stages and times them instead of TTFT. `cancelled` is asked after
+        each token. Raises PromptError, ImageError, FetchError, ConfigError or FastVLMError.
+        """
+        _check_beams(num_beams, sampling, logprobs)
+        clock = Clock(profile)
+        mx.reset_peak_memory()
+        image_options = ImageOptions(
+            resolution=resolution, image_mode=image_mode, background=background
+        )
+        rendered, embeddings = self._prepare(prompt, images, system, image_options, clock)
+        options = AnswerOptions(
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=tuple(stop),
+            logprobs=logprobs,
+            num_beams=num_beams,
+            cancelled=cancelled,
+        )
+        cache = self.pipeline.model.decoder.make_cache()
+        yield from self.pipeline.answer(embeddings, cache, rendered, options, clock)
+
+    def chat(self, *, sampling: Sampling = GREEDY, system: str = DEFAULT_SYSTEM) -> ChatSession:
+        """Return a new conversation; each of its turns prefills only what is new."""
+        return ChatSession(self.pipeline, sampling=sampling, system=system)
+
+    def score(
+        self,
+        prompt: str,
+        images: Sequence[Picture] = (),
+        continuation: str = "",
+        *,
+        system: str = DEFAULT_SYSTEM,
+    ) -> tuple[float, ...]:
+        """Return the natural log-probability of each token of `continuation` after the prompt.
+
+        The continuation is plain text, tokenized on its own. Raises PromptError if it is empty.
+        """
+        ids = self.pipeline.processor.tokenizer.encode(continuation)
+        if not ids:
+            raise PromptError("the continuation to score is empty")
+        _, embeddings = self._prepare(prompt, images, system, ImageOptions(), Clock(profile=False))
+        self.pipeline.require_room(embeddings.shape[1] + len(ids) - 1)
+        return tuple(score_ids(self.pipeline.model.decoder, embeddings, ids))
+
+    def _prepare(
+        self,
+        prompt: str,
+        images: Sequence[Picture],
+        system: str,
+        options: ImageOptions,
+        clock: Clock,
+    ) -> tuple[Prompt, mx.array]:
+        """Dispatch the pictures, then tokenize and splice; return the prompt and its embeddings."""
+        encoded = [self.pipeline.encode(picture, options, clock) for picture in images]
+        rendered = self.pipeline.processor.prompt(
+            [Message("system", (system,)), user_message(prompt, len(encoded))]
+        )
+        return rendered, self.pipeline.embed(rendered, encoded)
+
+
+def load(
+    model: str | Path = "demo",
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    memory_limit: int | None = None,
+    vision_from: str | Path | None = None,
+    keep_quantized: bool = False,
+    say: Say | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Engine:
+    """Load a model by folder, hub name (`org/name[@revision]`) or "demo".
+
+    `dtype` is float32, bfloat16 or float16; by default bfloat16 on a GPU and float32 on a CPU,
+    whose half-precision matrix products are slow. `device` is "cpu" or "gpu", by default MLX's
+    choice. On a CPU quantized weights are dequantized while they fit in memory, since its
+    quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit` in
+    bytes bounds what the model may take. `vision_from` names the model that holds the tower, for
+    exports without one. `say` gets lines for the user, `progress` (bytes read, bytes in all).
+
+    Raises a FastVLMError, one line, for anything wrong with names, files or memory.
+    """
+    on_cpu = select_device(device).type == mx.DeviceType.cpu
+    if dtype is not None and dtype not in _DTYPES:
+        raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
+    kind = _DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
+    checkpoint = open_checkpoint(
+        resolve(str(model), say=say),
+        vision_from=resolve(str(vision_from), say=say) if vision_from is not None else None,
+    )
+    processor = Processor.from_folder(
+        checkpoint.folder,
+        image_size=checkpoint.config.vision.image_size,
+        image_mode=checkpoint.config.image_mode,
+    )
+    dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit, say)
+    needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
+    require_memory(needed, limit=memory_limit, what=str(model))
+    if memory_limit is not None:
+        mx.set_memory_limit(memory_limit)
+    network = load_model(checkpoint, kind, dequantize=dequantize, progress=progress)
+    stop_ids = processor.tokenizer.stop_ids | set(network.config.eos_ids)
+    return Engine(Pipeline(network, processor, stop_ids), checkpoint.folder, checkpoint.layout.name)
+
+
+def _dequantize(
+    checkpoint: Checkpoint, dtype: mx.Dtype, wanted: bool, limit: int | None, say: Say | None
+) -> bool:
+    """Whether to unpack quantized weights: only if wanted, and if the result fits in memory."""
+    if not checkpoint.quantized_paths or not wanted:
+        return False
+    needed = checkpoint.resident_bytes(dtype, dequantize=True) * _LOADING_SHARE
+    fits = needed <= min(free_bytes(), limit if limit is not None else needed)
+    if not fits and say is not None:
+        say("not enough memory to dequantize: weights stay quantized, which is slow on a CPU")
+    return fits
+
+
+def _check_beams(num_beams: int, sampling: Sampling, logprobs: bool) -> None:
+    if num_beams < 1:
+        raise FastVLMError(f"num_beams must be >= 1, not {num_beams}")
+    if num_beams > 1 and not sampling.greedy:
+        raise FastVLMError("beam search takes no temperature: leave out one of the two")
+    if num_beams > 1 and sampling != replace(GREEDY, seed=sampling.seed):
+        raise FastVLMError("beam search takes no sampling options")
+    if num_beams > 1 and logprobs:
+        raise FastVLMError("beam search gives no log-probabilities per token")

@@ -1,0 +1,255 @@
+"""Picture and messages to events: the way from a call to its answer, and the clock along it.
+
+Joins model, processor and loop; everything it holds is fixed. Knows no checkpoint files, no
+terminal, and no history: which positions a cache already holds is told by the caller.
+
+Unprofiled, nothing waits before the first token: the tower is dispatched before the prompt is
+tokenized. Profiled, each stage is fenced by an evaluation, so that its time is its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from fastvlm_mlx.config import ImageMode
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.events import Finished, FinishReason, GenerationEvent, Stats, TextDelta
+from fastvlm_mlx.generate.beam import beam_search
+from fastvlm_mlx.generate.loop import Step, generate_ids
+from fastvlm_mlx.model.fastvlm import EncodedImage, FastVLM, pixel_digest
+from fastvlm_mlx.model.mlx_lm_parts import KVCache
+from fastvlm_mlx.prompt.image import ImageSource
+from fastvlm_mlx.prompt.processor import Processor, Prompt, TextIds
+from fastvlm_mlx.prompt.tokenizer import TextStream
+from fastvlm_mlx.sampling import GREEDY, Sampling
+
+Picture = ImageSource | EncodedImage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageOptions:
+    """How a picture becomes pixels; None takes the model's own size in pixels and mode."""
+
+    resolution: int | None = None
+    image_mode: ImageMode | None = None
+    background: tuple[int, int, int] = (255, 255, 255)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How an answer is generated. `cancelled` is asked after each token."""
+
+    sampling: Sampling = GREEDY
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    num_beams: int = 1
+    cancelled: Callable[[], bool] = lambda: False
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a call began, and what its profiled stages took in milliseconds."""
+
+    profile: bool
+    start: float = field(default_factory=time.perf_counter)
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, since: float) -> None:
+        """Add the time from `since` until now to a stage."""
+        elapsed = (time.perf_counter() - since) * 1000
+        self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + elapsed
+
+    def stage(self, name: str) -> float | None:
+        """Return a stage's time; None if the call was not profiled."""
+        return self.stage_ms.get(name, 0.0) if self.profile else None
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A loaded model with its processor and stop ids."""
+
+    model: FastVLM
+    processor: Processor
+    stop_ids: frozenset[int]
+
+    def encode(self, picture: Picture, options: ImageOptions, clock: Clock) -> EncodedImage:
+        """Return the picture's features, dispatched but not waited for (unless profiled).
+
+        Raises ImageError or FetchError for a picture that cannot be read, ConfigError for a
+        resolution off the grid, PromptError for features of another model.
+        """
+        if isinstance(picture, EncodedImage):
+            return self._own(picture)
+        since = time.perf_counter()
+        vision = self.model.config.vision
+        size = options.resolution or vision.image_size
+        vision.tokens(size, size)
+        pixels = self.processor.pixels(
+            picture, size=size, mode=options.image_mode, background=options.background
+        )
+        digest = pixel_digest(pixels)
+        clock.add("preprocess", since)
+        return EncodedImage(self._features(pixels, clock), digest)
+
+    def _features(self, pixels: np.ndarray, clock: Clock) -> mx.array:
+        """Return projected features [tokens, hidden] of one picture."""
+        since = time.perf_counter()
+        features = self.model.vision(mx.array(pixels)[None])
+        if clock.profile:
+            mx.eval(features)
+            clock.add("vision", since)
+            since = time.perf_counter()
+        projected = self.model.project(features)[0]
+        if clock.profile:
+            mx.eval(projected)
+            clock.add("projector", since)
+        else:
+            mx.async_eval(projected)
+        return projected
+
+    def _own(self, image: EncodedImage) -> EncodedImage:
+        hidden = self.model.config.decoder.hidden_size
+        if image.features.ndim != 2 or image.features.shape[1] != hidden:
+            raise PromptError(
+                f"an encoded image of shape {tuple(image.features.shape)} is not of this model "
+                f"([tokens, {hidden}]): encode the picture with it"
+            )
+        return image
+
+    def embed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> mx.array:
+        """Return embeddings [1, n, hidden]: the prompt with each picture in its slot, in order.
+
+        Raises PromptError if slots and pictures differ in number.
+        """
+        if prompt.slot_count != len(images):
+            raise PromptError(
+                f"the prompt has {prompt.slot_count} image slots, {len(images)} images were given"
+            )
+        remaining = iter(images)
+        return self.model.embed(
+            [
+                segment.ids if isinstance(segment, TextIds) else next(remaining).features
+                for segment in prompt.segments
+            ]
+        )
+
+    def require_room(self, positions: int) -> int:
+        """Return how many positions are left for the answer; raise PromptError if none is."""
+        limit = self.model.config.decoder.max_positions
+        if positions >= limit:
+            raise PromptError(
+                f"the prompt takes {positions} positions, the model has {limit}: "
+                "shorten it or give fewer or smaller pictures"
+            )
+        return limit - positions
+
+    def answer(
+        self,
+        embeddings: mx.array,
+        cache: list[KVCache],
+        prompt: Prompt,
+        options: AnswerOptions,
+        clock: Clock,
+        *,
+        reused: int = 0,
+        on_token: Callable[[int], None] = lambda _: None,
+    ) -> Generator[GenerationEvent, None, None]:
+        """Prefill `embeddings` [1,n,H] behind `reused` cached positions, then yield the answer.
+
+        `on_token` hears every id generated, the stop id too. The last event is Finished.
+        """
+        positions = reused + embeddings.shape[1]
+        room = self.require_room(positions)
+        text = TextStream(self.processor.tokenizer, options.stop, self.stop_ids)
+        meter = _Meter(clock, positions, reused)
+        since = time.perf_counter()
+        if options.num_beams > 1:
+            steps = self._beams(embeddings, options, room)
+        else:
+            steps = generate_ids(
+                self.model.decoder,
+                embeddings,
+                cache,
+                prompt_ids=prompt.text_ids,
+                sampling=options.sampling,
+                max_tokens=min(options.max_tokens, room),
+                stop_ids=self.stop_ids,
+                logprobs=options.logprobs,
+            )
+        reason: FinishReason = "length"
+        try:
+            for step in steps:
+                meter.token(since)
+                on_token(step.token_id)
+                yield _delta(text.add(step.token_id), [step])
+                if text.stopped or step.token_id in self.stop_ids:
+                    reason = "stop"
+                    break
+                if options.cancelled():
+                    reason = "cancelled"
+                    break
+        finally:
+            steps.close()
+        rest = text.finish()
+        if rest:
+            yield _delta(rest, [])
+        yield Finished(reason, meter.stats())
+
+    def _beams(
+        self, embeddings: mx.array, options: AnswerOptions, room: int
+    ) -> Generator[Step, None, None]:
+        """Yield the best beam's ids, all at once at the end: a search cannot stream."""
+        ids = beam_search(
+            self.model.decoder,
+            embeddings,
+            num_beams=options.num_beams,
+            max_tokens=min(options.max_tokens, room),
+            stop_ids=self.stop_ids,
+        )
+        for token_id in ids:
+            yield Step(token_id)
+
+
+def _delta(text: str, steps: Sequence[Step]) -> TextDelta:
+    return TextDelta(
+        text,
+        tuple(step.token_id for step in steps),
+        tuple(step.logprob for step in steps if step.logprob is not None),
+    )
+
+
+class _Meter:
+    """Counts tokens and keeps the times of the first and the latest."""
+
+    def __init__(self, clock: Clock, positions: int, reused: int) -> None:
+        self.clock, self.positions, self.reused = clock, positions, reused
+        self.count = 0
+        self.first = self.latest = 0.0
+
+    def token(self, prefill_start: float) -> None:
+        self.latest = time.perf_counter()
+        if self.count == 0:
+            self.first = self.latest
+            self.clock.add("prefill", prefill_start)
+        self.count += 1
+
+    def stats(self) -> Stats:
+        clock, seconds = self.clock, self.latest - self.first
+        return Stats(
+            preprocess_ms=clock.stage("preprocess"),
+            vision_ms=clock.stage("vision"),
+            projector_ms=clock.stage("projector"),
+            prefill_ms=clock.stage("prefill"),
+            ttft_ms=None if clock.profile else (self.first - clock.start) * 1000,
+            decode_tps=(self.count - 1) / seconds if self.count > 1 and seconds > 0 else None,
+            prompt_tokens=self.positions,
+            reused_tokens=self.reused,
+            generated_tokens=self.count,
+            peak_bytes=mx.get_peak_memory(),
+        )
