@@ -1,6 +1,7 @@
 # `make demo` and `make test` work on a fresh clone: each makes its own .venv and installs into it.
 #   make demo     answer a question about a picture with the demo model
 #   make test     the whole test suite
+#   make dev      only set up .venv with the tools for development
 #   make check    what to run before a commit: format, lint, types, floors, the fast tests
 #   make format   put the sources into shape
 # Options: PYTHON=/path/to/python  VENV=folder  EXTRA=cuda12 (Linux: which MLX)  PYTEST_ARGS="-k name"
@@ -23,13 +24,15 @@ endif
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test dev check lint format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fastvlm generate $(IMAGE) -p "$(QUESTION)" --model demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+dev: $(VENV)/.installed-dev
 
 check: lint
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
