@@ -201,7 +201,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         error.close()
         phrase = http.client.responses.get(error.code, "")
-        return f"the server answered {error.code} {phrase}".strip()
+        where = ", redirecting to no http or https URL" if 300 <= error.code < 400 else ""
+        return f"the server answered {error.code} {phrase}".strip() + where
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
         return _reason(error.reason)
     if isinstance(error, socket.gaierror):

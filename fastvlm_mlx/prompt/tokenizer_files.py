@@ -22,6 +22,7 @@ _QWEN2_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -70,7 +71,7 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {_first_line(error)}") from error
     if not isinstance(backend.decoder, decoders.ByteLevel):
         raise CheckpointError(f"{path} is not a byte-level BPE as Qwen2's is")
     return backend
@@ -81,12 +82,15 @@ def _from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> tokenizers
     vocab = _read_json(folder / "vocab.json")
     if not vocab:
         raise CheckpointError(f"{folder} has neither tokenizer.json nor a filled vocab.json")
+    if not all(isinstance(token_id, int) and 0 <= token_id < 2**31 for token_id in vocab.values()):
+        raise CheckpointError(f"{folder / 'vocab.json'} holds an id that is none")
     added = _added_tokens(folder, settings)
     vocab |= {token.content: token_id for token_id, token in added.items()}
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=_merges(folder)))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit: {error}") from error
+        reason = _first_line(error)
+        raise CheckpointError(f"{folder}: vocab.json does not fit merges.txt: {reason}") from error
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -118,19 +122,16 @@ def _merges(folder: Path) -> list[tuple[str, str]]:
 def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, tokenizers.AddedToken]:
     """Return id → added token: added_tokens.json, then tokenizer_config.json, which has flags."""
     added: dict[int, tokenizers.AddedToken] = {}
+    file = "added_tokens.json"
     try:
-        for content, token_id in _read_json(folder / "added_tokens.json").items():
+        for content, token_id in _read_json(folder / file).items():
             added[int(token_id)] = tokenizers.AddedToken(content, normalized=False, special=True)
+        file = "tokenizer_config.json"
         for token_id, entry in settings.get("added_tokens_decoder", {}).items():
-            flags = {key: entry.get(key, False) for key in ("lstrip", "rstrip", "single_word")}
-            added[int(token_id)] = tokenizers.AddedToken(
-                entry["content"],
-                normalized=entry.get("normalized", False),
-                special=entry.get("special", False),
-                **flags,
-            )
+            flags = {key: entry.get(key, False) for key in _FLAGS}
+            added[int(token_id)] = tokenizers.AddedToken(entry["content"], **flags)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: odd added tokens in its tokenizer files") from error
+        raise CheckpointError(f"{folder / file} lists an added token that is none") from error
     return dict(sorted(added.items()))
 
 
@@ -146,3 +147,7 @@ def _add_missing(
                 f"{folder}: {token.content} is {backend.token_to_id(token.content)} in "
                 f"tokenizer.json but {token_id} in the files beside it"
             )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
