@@ -114,11 +114,14 @@ def write_keys(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def write_inventories() -> None:
-    """Write the real-size key inventories of timm and of fast_vlm 0.5B; no weights are made."""
+    """Write timm's key inventories, real and small, and fast_vlm 0.5B's; no weights are made."""
     with torch.device("meta"):
         for name, fused in (("fused", True), ("training", False)):
-            model = timm.create_model("fastvit_mci3", num_classes=0, inference_mode=fused)
-            write_keys(HERE / f"keys_timm_{name}.json", model.state_dict())
+            for size, args in (("", {}), ("small_", SMALL_ARGS)):
+                model = timm.create_model(
+                    "fastvit_mci3", num_classes=0, inference_mode=fused, **args
+                )
+                write_keys(HERE / f"keys_timm_{size}{name}.json", model.state_dict())
         text = {
             "model_type": "qwen2",
             "hidden_size": 896,
