@@ -65,7 +65,7 @@ def generate_ids(
     """
     if max_tokens < 1:
         raise FastVLMError(f"max_tokens must be >= 1, not {max_tokens}")
-    _require_positions(embeddings)
+    _check(embeddings, prefill_step)
 
     def steps() -> Generator[Step, None, None]:
         chooser = Chooser(
@@ -104,9 +104,7 @@ def prefill(
     One pass if n <= step; else chunks, each evaluated before the next is built, so that the
     activations of one chunk only are alive. Raises PromptError if n is 0.
     """
-    _require_positions(embeddings)
-    if step < 1:
-        raise FastVLMError(f"the prefill step must be >= 1, not {step}")
+    _check(embeddings, step)
     length = embeddings.shape[1]
     last = (length - 1) // step * step
     for start in range(0, last, step):
@@ -129,7 +127,7 @@ def score_ids(
     The head runs over the continuation's positions only, `_SCORED_AT_ONCE` at a time.
     Raises PromptError if there is nothing to prefill.
     """
-    _require_positions(embeddings)
+    _check(embeddings, prefill_step)
     if not continuation_ids:
         return []
     cache = decoder.make_cache()
@@ -171,9 +169,11 @@ def _choose(
     return token, logprob
 
 
-def _require_positions(embeddings: mx.array) -> None:
+def _check(embeddings: mx.array, step: int) -> None:
     if embeddings.shape[1] == 0:
         raise PromptError("the prompt is empty: there is nothing to answer")
+    if step < 1:
+        raise FastVLMError(f"the prefill step must be >= 1, not {step}")
 
 
 def _evaluate(cache: list[KVCache]) -> None:

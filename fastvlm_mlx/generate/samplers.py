@@ -68,8 +68,9 @@ def _make_draw(sampling: Sampling, vocab_size: int) -> Sampler:
         if key is None:
             return mx.random.categorical(logprobs * inverse)
         # The same split as MLX's global state does for each draw.
-        key, once = mx.random.split(key)
-        return mx.random.categorical(logprobs * inverse, key=once)
+        pair = mx.random.split(key)
+        key = pair[0]
+        return mx.random.categorical(logprobs * inverse, key=pair[1])
 
     return draw
 
