@@ -82,7 +82,8 @@ class _Request:
     def _get(self) -> bytes:
         request = urllib.request.Request(self._url, headers={"User-Agent": "fastvlm-mlx"})
         name = _name(self._url)
-        with _opener(self).open(request, timeout=self._timeout_s) as response:
+        # The socket's own timeout is the later one: it only ends a thread that was left.
+        with _opener(self).open(request, timeout=2 * self._timeout_s) as response:
             expected = response.headers.get("Content-Length", "")
             length = int(expected) if expected.isdecimal() else None
             if length is not None and length > self._max_bytes:

@@ -23,19 +23,20 @@ Wie viele Äpfel liegen übrigens auf dem Tisch? C'était déjà l'été à Orl�
 
 
 def train() -> Tokenizer:
+    """Train with a coarser split than Qwen2's, then put Qwen2's in.
+
+    So the vocabulary holds "02" and " she'd", which a tokenizer that splits wrongly would use.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = Sequence(
-        [
-            Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-            ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    to_bytes = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(r"\s?\S+|\s+"), behavior="isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=640, show_progress=False, initial_alphabet=ByteLevel.alphabet()
+        vocab_size=900, show_progress=False, initial_alphabet=ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator([CORPUS] * 4, trainer)
+    tokenizer.pre_tokenizer = Sequence([Split(Regex(QWEN2_SPLIT), behavior="isolated"), to_bytes])
     tokenizer.add_special_tokens([AddedToken(c, normalized=False, special=True) for c in CONTROLS])
     return tokenizer
 
