@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths
 from fastvlm_mlx.checkpoint.layouts import first_few
-from fastvlm_mlx.checkpoint.store import EMBEDDING, HEAD, Checkpoint, target_dtype
+from fastvlm_mlx.checkpoint.store import EMBEDDING, HEAD, Checkpoint, MappedTensor, target_dtype
 from fastvlm_mlx.checkpoint.tensors import TensorReader
 from fastvlm_mlx.errors import CheckpointMismatch
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -41,17 +41,17 @@ def load_model(
     `progress` gets (bytes read, bytes in all). Raises CheckpointMismatch for tensors that do not
     fit and CheckpointError for a file that cannot be read.
     """
-    total, done = checkpoint.stored_bytes, 0
     weights = []
     # Freed source buffers would otherwise stay in MLX's cache beside the weights.
     cache_limit = mx.set_cache_limit(0)
     try:
         checkpoint = _decide_tied(checkpoint)
+        total, done = checkpoint.stored_bytes, 0
         for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize):
             weights.append((name, array))
             done += stored_bytes
             if progress is not None:
-                progress(min(done, total), total)
+                progress(done, total)
     finally:
         mx.set_cache_limit(cache_limit)
     model = FastVLM(checkpoint.config, dtype)
@@ -73,16 +73,18 @@ def _weights(
         if name.startswith("vision."):
             continue
         path, leaf = name.rsplit(".", 1)
-        quantized = f"{path}.scales" in checkpoint.tensors
-        if quantized and dequantize and leaf in ("scales", "biases"):
+        packed = f"{path}.scales" in checkpoint.tensors
+        if packed and dequantize and leaf != "bias":
+            if leaf == "weight":
+                array = _dequantized(checkpoint, path, reader).astype(dtype)
+                mx.eval(array)
+                yield name, array, sum(t.stored.nbytes for t in _packed(checkpoint, path).values())
             continue
         array = tensor.read(reader)
-        if quantized and dequantize and leaf == "weight":
-            array = _dequantized(checkpoint, path, array, reader)
-        if dequantize or not quantized:
+        if leaf == "weight" and not packed:
             # Only a padded vocabulary is longer than the config says (`store.py` checked).
-            array = array[: shapes[name][0]].astype(dtype)
-        elif tensor.stored.dtype in _FLOATS:
+            array = array[: shapes[name][0]]
+        if tensor.stored.dtype in _FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
         yield name, array, tensor.stored.nbytes
@@ -125,20 +127,25 @@ def _tower(
             stored_bytes = 0
 
 
-def _dequantized(
-    checkpoint: Checkpoint, path: str, weight: mx.array, reader: TensorReader
-) -> mx.array:
-    """Return the float32 matrix that a packed weight stands for."""
-    assert checkpoint.config.quant is not None
-    bits, group_size, mode = checkpoint.config.quant.of(path)
-    scales = checkpoint.tensors[f"{path}.scales"].read(reader)
-    biases = checkpoint.tensors.get(f"{path}.biases")
+def _packed(checkpoint: Checkpoint, path: str) -> dict[str, MappedTensor]:
+    """Return the tensors of a quantized module: weight, scales, and biases if its mode has them."""
+    names = {leaf: f"{path}.{leaf}" for leaf in ("weight", "scales", "biases")}
+    tensors = checkpoint.tensors
+    return {leaf: tensors[name] for leaf, name in names.items() if name in tensors}
+
+
+def _dequantized(checkpoint: Checkpoint, path: str, reader: TensorReader) -> mx.array:
+    """Return the matrix that a quantized module's tensors stand for, in float32 if affine."""
+    quant = checkpoint.config.quant
+    assert quant is not None  # `store.py` refuses packed weights without
+    bits, group_size, mode = quant.of(path)
+    arrays = {leaf: t.read(reader) for leaf, t in _packed(checkpoint, path).items()}
     if mode == "affine":
-        scales = scales.astype(mx.float32)
+        arrays |= {leaf: arrays[leaf].astype(mx.float32) for leaf in ("scales", "biases")}
     return mx.dequantize(
-        weight,
-        scales,
-        biases.read(reader).astype(mx.float32) if biases else None,
+        arrays["weight"],
+        arrays["scales"],
+        arrays.get("biases"),
         group_size=group_size,
         bits=bits,
         mode=mode,

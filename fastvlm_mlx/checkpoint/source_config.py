@@ -37,14 +37,14 @@ DEFAULT_MAX_POSITIONS = 8192
 FAST_VLM_VOCABULARY = {152000: 151936, 152128: 152064}
 
 _SILENT_ROOT_KEYS = frozenset(
-    """_name_or_path architectures attention_dropout auto_map bos_token_id dtype
-    freeze_mm_mlp_adapter image_grid_pinpoints image_seq_length image_token_id
-    image_token_index initializer_range layer_types max_window_layers model_type
-    multimodal_projector_bias pad_token_id
-    projector_hidden_act quantization quantization_config rope_parameters sliding_window
-    text_config tokenizer_padding_side torch_dtype transformers_version tune_mm_mlp_adapter
+    """_name_or_path architectures attention_dropout auto_map bos_token_id do_sample dtype
+    freeze_mm_mlp_adapter generation_config image_grid_pinpoints image_seq_length image_token_id
+    image_token_index initializer_range layer_types max_window_layers mm_projector_lr model_type
+    multimodal_projector_bias pad_token_id projector_hidden_act quantization quantization_config
+    repetition_penalty rope_parameters sliding_window temperature text_config
+    tokenizer_padding_side top_k top_p torch_dtype transformers_version tune_mm_mlp_adapter
     unfreeze_mm_vision_tower use_cache use_mm_proj use_sliding_window vision_config
-    vision_feature_layer vision_feature_select_strategy mm_projector_lr""".split()
+    vision_feature_layer vision_feature_select_strategy""".split()
 )
 _READ_ROOT_KEYS = frozenset(
     """eos_token_id hidden_act hidden_size image_aspect_ratio intermediate_size
