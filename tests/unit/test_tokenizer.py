@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import unicodedata
@@ -409,9 +410,32 @@ def test_work_for_a_token_does_not_grow_with_the_answer(fast: Tokenizer) -> None
     assert asked == ids
 
 
-@pytest.mark.skipif(not (DEMO / "tokenizer.json").exists(), reason="the demo model is not here yet")
-def test_the_demo_models_tokenizer_is_read() -> None:
-    tokenizer = Tokenizer.from_folder(DEMO)
-    assert tokenizer.control_id("<|im_end|>") in tokenizer.stop_ids
-    for question in ("What colour is the circle?", "How many squares are there?\n", "é 你好"):
-        assert tokenizer.decode(tokenizer.encode(question)) == question
+@pytest.fixture(scope="module")
+def demo_slow(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The demo model's vocabulary, which transformers saved, in the form of Apple's files."""
+    saved = json.loads((DEMO / "tokenizer.json").read_text())
+    path = tmp_path_factory.mktemp("demo_slow")
+    (path / "vocab.json").write_text(json.dumps(saved["model"]["vocab"]))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    added = {token["content"]: token["id"] for token in saved["added_tokens"]}
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    return Tokenizer.from_folder(path)
+
+
+@given(text)
+def test_the_demo_models_tokenizer_is_the_same_in_both_forms(
+    demo_slow: Tokenizer, text: str
+) -> None:
+    assert demo_slow.encode(text) == demo().encode(text)
+    assert demo().decode(demo().encode(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_the_demo_models_stop_ids_and_image_token() -> None:
+    assert demo().stop_ids == {demo().control_id("<|im_end|>"), demo().control_id("<|endoftext|>")}
+    assert demo().control_id("<image>") not in demo().encode("<image>\nWhat colour is it?")
+
+
+@functools.cache
+def demo() -> Tokenizer:
+    return Tokenizer.from_folder(DEMO)
