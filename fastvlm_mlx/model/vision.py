@@ -87,21 +87,20 @@ class AttentionBlock(nn.Module):
         self.ffn = ConvFFN(dim, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.attend(x)
-        return self.ffn(x, x + self.ffn.fc2.bias)
+        mixed = pointwise(x, self.attend(x), self.proj.weight)
+        x, residual = two_biases(mixed, self.proj.bias, self.ffn.fc2.bias)
+        return self.ffn(x, residual)
 
     def attend(self, x: mx.array) -> mx.array:
-        """Return `x` plus its attention, [B,H,W,C] to [B,H,W,C]."""
+        """Return each position's mix of the others' values, [B,H,W,C] to [B,H,W,C], before proj."""
         batch, height, width, dim = x.shape
         heads = dim // self.head_dim
         normed = mx.fast.layer_norm(x, None, None, LAYER_NORM_EPS)
-        qkv = self.qkv(normed).reshape(batch, height * width, 3, heads, self.head_dim)
-        qkv = qkv.transpose(2, 0, 3, 1, 4)
-        mixed = mx.fast.scaled_dot_product_attention(
-            qkv[0], qkv[1], qkv[2], scale=self.head_dim**-0.5
-        )
-        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, height, width, dim)
-        return pointwise(x + self.proj.bias, mixed, self.proj.weight)
+        qkv = self.qkv(normed).reshape(batch, height * width, 3 * heads, self.head_dim)
+        # Split, not indexed: an integer index gathers, which copies.
+        q, k, v = mx.split(qkv.transpose(0, 2, 1, 3), 3, axis=1)
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, height, width, dim)
 
 
 class Downsample(nn.Module):

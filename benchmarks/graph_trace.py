@@ -1,0 +1,200 @@
+"""What a piece of MLX code would compute, counted without running it; and what it waits for.
+
+Knows MLX's primitives by name, the rule by which Metal's backend picks a kernel for a convolution,
+and the calls by which Python waits for MLX. Knows no model: the tests count ours with it, and
+`peers/` counts other projects' code by the same rules.
+
+Two views of a lazy computation: `trace` (every primitive with shapes, dtypes and arguments;
+compiled functions appear as their parts) and `graph` (names only, each compiled function one
+node). Both are taken on the CPU stream, where `mx.fast` operations expand to their parts, so that
+the counts are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+# Primitives that only describe the same values anew. A reshape or a transposition may still copy.
+VIEWS = frozenset(
+    "Broadcast ExpandDims Flatten Reshape Slice Split Squeeze Transpose Unflatten View".split()
+)
+PRODUCTS = frozenset(("Matmul", "AddMM", "QuantizedMatmul", "Convolution"))
+
+
+@dataclass(frozen=True, slots=True)
+class Primitive:
+    """One operation: shapes and dtypes of what goes in and comes out, MLX's own arguments."""
+
+    name: str
+    inputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
+    outputs: tuple[tuple[tuple[int, ...], mx.Dtype], ...]
+    arguments: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of its first output."""
+        return self.outputs[0][0]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of its first output."""
+        return self.outputs[0][1]
+
+
+def trace(function: Callable[..., Any], *inputs: mx.array) -> list[Primitive]:
+    """Return every primitive of `function(*inputs)`, in order, compiled functions taken apart."""
+    entries: list[dict[str, Any]] = []
+    with mx.stream(mx.cpu):
+        mx.export_function(entries.append, function, *inputs)
+    return [
+        Primitive(
+            entry["name"],
+            tuple((tuple(shape), dtype) for _, shape, dtype in entry["inputs"]),
+            tuple((tuple(shape), dtype) for _, shape, dtype in entry["outputs"]),
+            tuple(entry["arguments"]),
+        )
+        for entry in entries
+        if entry["type"] == "primitive"
+    ]
+
+
+def graph(function: Callable[..., Any], *inputs: mx.array) -> Counter[str]:
+    """Count the primitives of `function(*inputs)` by name; a compiled function is one.
+
+    Its outputs must be arrays or a tuple of arrays. Nothing is evaluated but the inputs.
+    """
+    mx.eval(*inputs)
+    drawn = io.StringIO()
+    with mx.stream(mx.cpu):
+        outputs = function(*inputs)
+        mx.export_to_dot(drawn, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+    return Counter(re.findall(r'label ="([^"]*)"', drawn.getvalue()))
+
+
+def work(counts: Counter[str]) -> int:
+    """Return how many of the counted primitives compute something: all but the views."""
+    return sum(count for name, count in counts.items() if name not in VIEWS)
+
+
+def hollow(module: nn.Module) -> nn.Module:
+    """Give a module weights of the right shape that take no memory, for tracing only."""
+
+    def empty(array: mx.array) -> mx.array:
+        return mx.broadcast_to(mx.array(0, dtype=array.dtype), array.shape)
+
+    module.update(tree_map(empty, module.parameters()))
+    mx.eval(module.parameters())
+    return module
+
+
+@contextmanager
+def compiling(on: bool) -> Generator[None, None, None]:
+    """Turn `mx.compile` on or off for a while; afterwards it is as it was.
+
+    MLX does not say whether it is on, so a probe is compiled and looked at (never run).
+    """
+    probe = mx.compile(lambda x: mx.exp(mx.sin(x)))
+    before = any(name.startswith("Compiled") for name in graph(probe, mx.array(0.0)))
+    _compile(on)
+    try:
+        yield
+    finally:
+        _compile(before)
+
+
+def _compile(on: bool) -> None:
+    (mx.enable_compile if on else mx.disable_compile)()
+
+
+def metal_kernel(conv: Primitive) -> str:
+    """Name the kernel family that MLX's Metal backend would run a 2-D convolution with.
+
+    The rule is `dispatch_conv_2D_gpu` of mlx/backend/metal/conv.cpp. Versions differ in one point:
+    as read at 853e5479 the depthwise kernel also wants outputs of whole 8 x 8 tiles, at 846d1762
+    (0.32.2) it does not. The stricter is applied. Fast are "depthwise", "implicit_gemm" of an ungrouped convolution and "winograd".
+    """
+    (_, height, width, inputs), (outputs, kh, kw, _) = conv.inputs[0][0], conv.inputs[1][0]
+    out_height, out_width = conv.shape[1:3]
+    strides, _, _, dilation, input_dilation, groups, flip = conv.arguments
+    plain = all(d == 1 for d in dilation) and all(d == 1 for d in input_dilation)
+    if groups > 1:
+        per_in, per_out = inputs // groups, outputs // groups
+        small = max(kh, kw) <= 7 and max(strides) <= 2
+        tiled = out_height % 8 == 0 and out_width % 8 == 0 and inputs % 16 == 0
+        if per_in == per_out == 1 and plain and small and tiled:
+            return "depthwise"
+        if _narrow(per_in, 4) and _narrow(per_out, 16):
+            return "implicit_gemm_grouped"
+        return "explicit_gemm_grouped"
+    wide = inputs % 32 == 0 and outputs % 32 == 0 and inputs + outputs >= 256
+    large = conv.inputs[0][0][0] * height * width >= 4096
+    if plain and not flip and kh == kw == 3 and max(strides) == 1 and wide and large:
+        return "winograd"
+    if _narrow(inputs, 4) and _narrow(outputs, 16):
+        return "implicit_gemm"
+    whole = inputs % 16 == 0 and outputs % 16 == 0
+    if whole or conv.shape[0] * out_height * out_width >= 256:
+        return "implicit_gemm_general"
+    return "explicit_gemm"
+
+
+def _narrow(channels: int, most: int) -> bool:
+    return channels <= most or channels % 16 == 0
+
+
+def is_pointwise(conv: Primitive) -> bool:
+    """Whether a convolution's kernel is 1x1."""
+    return math.prod(conv.inputs[1][0][1:3]) == 1
+
+
+def convolutions(primitives: Sequence[Primitive]) -> list[Primitive]:
+    """Return the convolutions among the primitives."""
+    return [primitive for primitive in primitives if primitive.name == "Convolution"]
+
+
+def is_dense(conv: Primitive) -> bool:
+    """Whether a convolution mixes channels over a window: ungrouped and not 1x1."""
+    return conv.arguments[5] == 1 and not is_pointwise(conv)
+
+
+# What makes Python wait for MLX, or hands it work. numpy's buffer protocol is not caught.
+_FUNCTIONS = ("eval", "async_eval", "synchronize", "clear_cache")
+_METHODS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "__iter__")
+
+
+@contextmanager
+def host_calls() -> Generator[list[str], None, None]:
+    """Collect, in order, the names of the calls that wait for MLX or dispatch work to it.
+
+    `mx.eval` and the like are replaced for a while; a module that imported them by name escapes.
+    """
+    calls: list[str] = []
+    originals = [(mx, name, getattr(mx, name)) for name in _FUNCTIONS]
+    originals += [(mx.array, name, getattr(mx.array, name, None)) for name in _METHODS]
+    originals = [entry for entry in originals if entry[2] is not None]
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    for owner, name, original in originals:
+        setattr(owner, name, watched(name, original))
+    try:
+        yield calls
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
