@@ -157,6 +157,12 @@ def main() -> None:
             beams.append(beam_case(model, index, prompt, several, num_beams, 1.0))
             for penalty in (0.0, 2.0):
                 beams.append(beam_case(model, index, prompt, several, num_beams, penalty))
+    # Many stop ids: answers end at once, below rank k too, and the pool of finished ones overflows.
+    for index, prompt in enumerate(prompts):
+        for step in (4, 7, 12):
+            stops = list(range(1, SIZES["vocab_size"], step))
+            for penalty in (0.0, 1.0, 2.0):
+                beams.append(beam_case(model, index, prompt, stops, 2, penalty))
     early = [c for c in beams if c["stop_ids"] and c["ids"][-1] in c["stop_ids"]]
     assert len(early) >= 6 and any(len(c["ids"]) < BEAM_TOKENS for c in early)
     assert any(c["stop_ids"] and len(c["ids"]) == BEAM_TOKENS for c in beams)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.generate import loop
@@ -53,7 +54,7 @@ class Calls:
         for name in ("hidden", "logits"):
             self._wrap(monkeypatch, Decoder, name, lambda args: args[1].shape[1])
         for name in ("eval", "async_eval", "synchronize", "clear_cache"):
-            self._wrap(monkeypatch, mx, name, lambda args: None)
+            self._wrap(monkeypatch, mx, name, lambda args: len(tree_flatten(args)))
         for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__iter__", "__index__"):
             if hasattr(mx.array, name):
                 self._wrap(monkeypatch, mx.array, name, lambda args: None)
@@ -209,6 +210,7 @@ def test_a_token_costs_one_dispatch_and_one_read(
     ahead = ["async_eval", *(["async_eval", *read] * 9), *read]
     # The last eval finds everything computed: it settles the cache.
     assert calls.host() == [*ahead, "eval"]
+    assert set(calls.lengths("async_eval")) == {2 if logprobs else 1}
 
 
 def test_the_next_step_is_dispatched_before_a_token_is_read(
