@@ -9,7 +9,7 @@ branches add; an identity is the kernel with a 1 in its middle. Shares no code w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,9 @@ Arrays = Mapping[str, NDArray[np.generic]]
 _TRAINING_ONLY = re.compile(r"\.(conv_kxk|conv_scale|identity|large_conv|small_conv|pos_enc)\.")
 
 
-def is_training_form(tensors: Arrays) -> bool:
+def is_training_form(keys: Iterable[str]) -> bool:
     """Tell by the keys whether the tower still has its training-time branches."""
-    return any(_TRAINING_ONLY.search(key) for key in tensors)
+    return any(_TRAINING_ONLY.search(key) for key in keys)
 
 
 def fuse_tower(tensors: Arrays) -> dict[str, Array]:

@@ -95,9 +95,16 @@ def vision_config(source: Source) -> dict[str, Any]:
     }
 
 
+# FORMATS A1: the whole of Apple's generation_config.json; mlx-vlm merges it into config.json.
+_GENERATION = {"do_sample": True, "temperature": None, "top_p": None}
+
+
 def mlx_config(source: Source) -> dict[str, Any]:
-    """config.json after mlx-vlm's convert: torch_dtype and _name_or_path gone, keys sorted."""
-    config = apple_config(source)
+    """config.json after mlx-vlm's convert: torch_dtype and _name_or_path gone, keys sorted.
+
+    mlx-community's has the full vision_config, convert's own none (bf16) or {} (quantized).
+    """
+    config = apple_config(source) | _GENERATION | {"generation_config": _GENERATION}
     for key in ("_name_or_path", "torch_dtype"):
         del config[key]
     config["tie_word_embeddings"] = "lm_head.weight" not in source.tensors
@@ -107,7 +114,8 @@ def mlx_config(source: Source) -> dict[str, Any]:
 def app_config(source: Source) -> dict[str, Any]:
     """config.json of Apple's export for its app: <image> has an id, no vision_config."""
     config = mlx_config(source)
-    del config["vision_config"]
+    for key in ("vision_config", "generation_config", *_GENERATION):
+        del config[key]
     return config | {"image_token_index": source.config["image_token_index"]}
 
 
@@ -133,8 +141,7 @@ def write_apple(
     folder.mkdir(parents=True)
     write_slow_tokenizer(folder, source)
     _write_json(folder / "config.json", apple_config(source))
-    generation = {"do_sample": True, "temperature": None, "top_p": None}
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / "generation_config.json", _GENERATION)
     tensors = _stored(apple_tensors(source), dtype)
     if shards > 1:
         write_sharded(folder, tensors, shards, suffix)

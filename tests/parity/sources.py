@@ -126,6 +126,68 @@ def read_source(folder: Path) -> Source:
     return Source(tensors, json.loads((folder / "config.json").read_text()), folder)
 
 
+def frozen_source(shapes: Mapping[str, list[int]], folder: Path) -> Source:
+    """Return frozen weights for the real-size tower of these shapes and a tiny two-layer decoder.
+
+    The tower is fused or in training form, as its keys say. The tokenizer is that of `folder`, a
+    fast_vlm checkpoint; all values are bfloat16's.
+    """
+    text = json.loads((folder / "config.json").read_text())["text_config"] | {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 1024,
+    }
+    width, inner, rows = text["hidden_size"], text["intermediate_size"], text["vocab_size"]
+    out = shapes["final_conv.se.fc1.weight"][1]
+    decoder: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (rows, width)}
+    for layer in range(text["num_hidden_layers"]):
+        for leaf, sizes in (
+            ("self_attn.q_proj", (width, width)),
+            ("self_attn.k_proj", (width // 2, width)),
+            ("self_attn.v_proj", (width // 2, width)),
+            ("mlp.gate_proj", (inner, width)),
+            ("mlp.up_proj", (inner, width)),
+            ("mlp.down_proj", (width, inner)),
+        ):
+            decoder[f"layers.{layer}.{leaf}.weight"] = sizes
+            if "attn" in leaf:
+                decoder[f"layers.{layer}.{leaf}.bias"] = sizes[:1]
+        decoder[f"layers.{layer}.self_attn.o_proj.weight"] = (width, width)
+        decoder[f"layers.{layer}.input_layernorm.weight"] = (width,)
+        decoder[f"layers.{layer}.post_attention_layernorm.weight"] = (width,)
+    decoder["norm.weight"] = (width,)
+    every = {TIMM + key: tuple(shape) for key, shape in shapes.items()}
+    every |= {f"model.language_model.{key}": shape for key, shape in decoder.items()}
+    for name, inputs in (("linear_1", out), ("linear_2", width)):
+        every[f"model.multi_modal_projector.{name}.weight"] = (width, inputs)
+        every[f"model.multi_modal_projector.{name}.bias"] = (width,)
+    tensors = _with_counts({key: frozen_value(key, shape) for key, shape in every.items()})
+    args = {"embed_dims": [96, 192, 384, 768, 1536], "layers": [2, 12, 24, 4, 2]}
+    config = {
+        "image_seq_length": 256,
+        "image_token_index": rows - 1,
+        "model_type": "fast_vlm",
+        "text_config": text,
+        "tie_word_embeddings": True,
+        "vision_config": {
+            "architecture": "fastvit_mci3",
+            "hidden_size": out,
+            "model_args": {**args, "inference_mode": not fusing.is_training_form(shapes)},
+            "model_type": "timm_wrapper",
+        },
+    }
+    return Source(tensors, config, folder)
+
+
+def frozen_value(key: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return the frozen tensor of a fast_vlm key; the tower's are those of `tower.npz`."""
+    return frozen.tensor(key.removeprefix(TIMM), tuple(shape), round_to="bfloat16")
+
+
 def apple_key(timm_key: str) -> str:
     """Translate one of timm's tower keys into Apple's, without prefix. KeyError if none fits."""
     for place, apple in _PLACES:
@@ -141,7 +203,7 @@ def apple_tensors(source: Source) -> dict[str, NDArray[Any]]:
     """Everything by the names of Apple's checkpoints; lm_head and head.proj physically there."""
     tower = {APPLE + apple_key(key): value for key, value in source.tower().items()}
     shape = (2 * source.config["vision_config"]["model_args"]["embed_dims"][-1], 768)
-    tower[APPLE + "head.proj"] = frozen.tensor("head.proj.weight", shape)
+    tower[APPLE + "head.proj"] = frozen_value("head.proj.weight", shape)
     rest = {}
     for key, value in source.beside_tower().items():
         key = key.replace("model.multi_modal_projector.linear_1.", "model.mm_projector.0.")
