@@ -24,19 +24,13 @@ from typing import TYPE_CHECKING
 from fastvlm_mlx.errors import BackendError
 
 if TYPE_CHECKING:
-    from mlx_lm.models.cache import (
-        KVCache,
-        can_trim_prompt_cache,
-        make_prompt_cache,
-        trim_prompt_cache,
-    )
+    from mlx_lm.models.cache import KVCache
     from mlx_lm.models.qwen2 import Model, ModelArgs
     from mlx_lm.sample_utils import (
         apply_min_p,
         apply_top_k,
         apply_top_p,
         make_logits_processors,
-        make_sampler,
     )
 
 __all__ = [
@@ -46,11 +40,7 @@ __all__ = [
     "apply_min_p",
     "apply_top_k",
     "apply_top_p",
-    "can_trim_prompt_cache",
     "make_logits_processors",
-    "make_prompt_cache",
-    "make_sampler",
-    "trim_prompt_cache",
 ]
 
 _MODULES = ("models.qwen2", "models.cache", "sample_utils")
@@ -87,10 +77,6 @@ if not TYPE_CHECKING:
     _qwen2, _cache, _sample_utils = load_modules()
     Model, ModelArgs = _qwen2.Model, _qwen2.ModelArgs
     KVCache = _cache.KVCache
-    can_trim_prompt_cache = _cache.can_trim_prompt_cache
-    make_prompt_cache = _cache.make_prompt_cache
-    trim_prompt_cache = _cache.trim_prompt_cache
     apply_min_p, apply_top_k = _sample_utils.apply_min_p, _sample_utils.apply_top_k
     apply_top_p = _sample_utils.apply_top_p
     make_logits_processors = _sample_utils.make_logits_processors
-    make_sampler = _sample_utils.make_sampler

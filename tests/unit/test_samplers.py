@@ -14,7 +14,7 @@ import pytest
 
 from fastvlm_mlx.generate import samplers
 from fastvlm_mlx.generate.samplers import Chooser, make_parts, normalise
-from fastvlm_mlx.model.mlx_lm_parts import make_sampler
+from fastvlm_mlx.model.mlx_lm_parts import load_modules
 from fastvlm_mlx.sampling import Sampling
 
 VOCAB = 40
@@ -76,7 +76,7 @@ def test_seeded_draws_are_those_of_mlx_lm_after_the_same_seed() -> None:
     for top_p, min_p, top_k in itertools.product((1.0, 0.7), (0.0, 0.05), (0, 5)):
         sampling = Sampling(temperature=0.8, top_p=top_p, min_p=min_p, top_k=top_k, seed=11)
         draw, _ = make_parts(sampling, VOCAB)
-        theirs = make_sampler(temp=0.8, top_p=top_p, min_p=min_p, top_k=top_k)
+        theirs = load_modules()[2].make_sampler(temp=0.8, top_p=top_p, min_p=min_p, top_k=top_k)
         ours = [draw(logprobs).item() for _ in range(12)]
         mx.random.seed(11)
         assert ours == [theirs(logprobs).item() for _ in range(12)]
