@@ -122,7 +122,8 @@ def metal_kernel(conv: Primitive) -> str:
 
     The rule is `dispatch_conv_2D_gpu` of mlx/backend/metal/conv.cpp. Versions differ in one point:
     as read at 853e5479 the depthwise kernel also wants outputs of whole 8 x 8 tiles, at 846d1762
-    (0.32.2) it does not. The stricter is applied. Fast are "depthwise", "implicit_gemm" of an ungrouped convolution and "winograd".
+    (0.32.2) it does not. The stricter is applied. Fast are "depthwise", "winograd", and
+    "implicit_gemm" of an ungrouped convolution.
     """
     (_, height, width, inputs), (outputs, kh, kw, _) = conv.inputs[0][0], conv.inputs[1][0]
     out_height, out_width = conv.shape[1:3]
@@ -180,9 +181,10 @@ def host_calls() -> Generator[list[str], None, None]:
     `mx.eval` and the like are replaced for a while; a module that imported them by name escapes.
     """
     calls: list[str] = []
-    originals = [(mx, name, getattr(mx, name)) for name in _FUNCTIONS]
-    originals += [(mx.array, name, getattr(mx.array, name, None)) for name in _METHODS]
-    originals = [entry for entry in originals if entry[2] is not None]
+    originals: list[tuple[Any, str, Any]] = [(mx, name, getattr(mx, name)) for name in _FUNCTIONS]
+    originals += [
+        (mx.array, name, getattr(mx.array, name)) for name in _METHODS if hasattr(mx.array, name)
+    ]
 
     def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
