@@ -36,6 +36,7 @@ _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16
 _LOADING_SHARE = 1.2
 
 Say = Callable[[str], None]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ def load(
     vision_from: str | Path | None = None,
     keep_quantized: bool = False,
     say: Say | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Engine:
     """Load a model by folder, hub name (`org/name[@revision]`) or "demo".
 
@@ -211,7 +212,8 @@ def load(
     choice. On a CPU quantized weights are dequantized while they fit in memory, since its
     quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit` in
     bytes bounds what the model may take. `vision_from` names the model that holds the tower, for
-    exports without one. `say` gets lines for the user, `progress` (bytes read, bytes in all).
+    exports without one. `say` gets lines for the user; `progress` gets (bytes so far, bytes in
+    all, what: "Downloading FILE" or "Loading weights"), perhaps from another thread.
 
     Raises a FastVLMError, one line, for anything wrong with names, files or memory.
     """
@@ -220,8 +222,8 @@ def load(
         raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
     kind = _DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
     checkpoint = open_checkpoint(
-        resolve(str(model), say=say),
-        vision_from=resolve(str(vision_from), say=say) if vision_from is not None else None,
+        _folder(model, say, progress),
+        vision_from=_folder(vision_from, say, progress) if vision_from is not None else None,
     )
     processor = Processor.from_folder(
         checkpoint.folder,
@@ -233,9 +235,26 @@ def load(
     require_memory(needed, limit=memory_limit, what=str(model))
     if memory_limit is not None:
         mx.set_memory_limit(memory_limit)
-    network = load_model(checkpoint, kind, dequantize=dequantize, progress=progress)
+    network = load_model(
+        checkpoint, kind, dequantize=dequantize, progress=_named("Loading weights", progress)
+    )
     stop_ids = processor.tokenizer.stop_ids | set(network.config.eos_ids)
     return Engine(Pipeline(network, processor, stop_ids), checkpoint.folder, checkpoint.layout.name)
+
+
+def _folder(model: str | Path, say: Say | None, progress: Progress | None) -> Path:
+    """Return the local folder of a name, downloaded first if need be."""
+
+    def downloading(done: int, total: int, file: str) -> None:
+        if progress is not None:
+            progress(done, total, f"Downloading {file}")
+
+    return resolve(str(model), say=say, progress=downloading)
+
+
+def _named(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:
+    """Say what it is that goes on to a callback that counts."""
+    return None if progress is None else lambda done, total: progress(done, total, what)
 
 
 def _dequantize(

@@ -67,7 +67,36 @@ def resolve(
     Raises CheckpointError for a folder that does not exist or a name of no known kind, FetchError
     when the hub has no such model or revision, wants a token, or cannot be reached.
     """
-    text = os.fspath(name)
+    place = _place(os.fspath(name))
+    if isinstance(place, Path):
+        return place
+    return _from_hub(*place, say or (lambda _: None), progress or (lambda *_: None))
+
+
+def resolve_config(name: str | os.PathLike[str]) -> Path:
+    """A folder that holds the config.json of a checkpoint, and perhaps nothing else of it.
+
+    Of a hub name the cached copy is taken, or that one file is fetched. Raises as `resolve` does.
+    """
+    place = _place(os.fspath(name))
+    if isinstance(place, Path):
+        return place
+    repo, revision = place
+    cached = _cached_file(repo, _CONFIG, revision)
+    if cached is not None:
+        return cached.parent
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        bar = _bar(lambda _: None)
+        return Path(hf_hub_download(repo, _CONFIG, revision=revision, tqdm_class=bar)).parent
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+        raise one_line(error, repo, revision) from error
+
+
+def _place(text: str) -> Path | tuple[str, str | None]:
+    """A local folder, or a hub repository and its revision; CheckpointError for neither."""
     if text in _NAMED:
         return _NAMED[text]()
     # os.path's functions, as they raise for no name whatever; the empty name is no folder.
@@ -83,9 +112,7 @@ def resolve(
         raise CheckpointError(
             f"'{text}' is no model: give a folder, demo, or a hub name like apple/FastVLM-0.5B"
         )
-    return _from_hub(
-        match["repo"], match["revision"], say or (lambda _: None), progress or (lambda *_: None)
-    )
+    return match["repo"], match["revision"]
 
 
 def needed_files(names: Iterable[str]) -> list[str]:

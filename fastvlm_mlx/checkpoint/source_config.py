@@ -104,6 +104,22 @@ def require_fastvlm(raw: Json) -> None:
     )
 
 
+def read_picture_form(raw: Json) -> tuple[int, ImageMode]:
+    """Return the side in pixels of a model's square pictures and how they are fitted into it.
+
+    Looks at nothing else of a config.json. Raises ConfigError.
+    """
+    require_fastvlm(raw)
+    try:
+        if raw["model_type"] == "fast_vlm":
+            return _fast_vlm_image_size(raw), "pad"
+        return _llava_image_size(raw), _image_mode(raw)
+    except KeyError as error:
+        raise ConfigError(f"config.json lacks {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.json: {error}") from error
+
+
 def _llava(
     raw: Json,
     has_head: bool,
@@ -145,10 +161,7 @@ def _fast_vlm(raw: Json, has_head: bool) -> ModelConfig:
         raise ConfigError("projector_hidden_act other than gelu is not supported")
     args = source.get("model_args") or {}
     _refuse_unknown("vision_config.model_args", args, _MODEL_ARGS)
-    side = math.isqrt(raw["image_seq_length"])
-    if side * side != raw["image_seq_length"]:
-        raise ConfigError(f"image_seq_length {raw['image_seq_length']} is no square")
-    vision = _vision(args, image_size=side * VisionConfig().stride)
+    vision = _vision(args, image_size=_fast_vlm_image_size(raw))
     rows = text["vocab_size"]
     decoder = _decoder(text, raw, has_head, vocab_size=FAST_VLM_VOCABULARY.get(rows, rows))
     return ModelConfig(
@@ -159,15 +172,26 @@ def _fast_vlm(raw: Json, has_head: bool) -> ModelConfig:
     )
 
 
-def _llava_vision(raw: Json) -> VisionConfig:
-    """Tower sizes: mobileclip_l's, unless a `vision_config` (mlx-vlm) spells them out."""
+def _fast_vlm_image_size(raw: Json) -> int:
+    side = math.isqrt(raw["image_seq_length"])
+    if side * side != raw["image_seq_length"]:
+        raise ConfigError(f"image_seq_length {raw['image_seq_length']} is no square")
+    return side * VisionConfig().stride
+
+
+def _llava_image_size(raw: Json) -> int:
     tower = str(raw.get("mm_vision_tower", ""))
     match = re.fullmatch(r"(?:.*/)?mobileclip_l_(\d+)", tower)
     if not match:
         raise ConfigError(
             f"mm_vision_tower {tower!r} is not supported: FastVLM's is mobileclip_l_*"
         )
-    image_size = int(match[1])
+    return int(match[1])
+
+
+def _llava_vision(raw: Json) -> VisionConfig:
+    """Tower sizes: mobileclip_l's, unless a `vision_config` (mlx-vlm) spells them out."""
+    image_size = _llava_image_size(raw)
     spelled = raw.get("vision_config") or {}
     _refuse_unknown("vision_config", spelled, _VISION_KEYS)
     fixed = {"down_patch_size": 7, "down_stride": 2, "repmixer_kernel_size": 3}
@@ -177,7 +201,7 @@ def _llava_vision(raw: Json) -> VisionConfig:
     if spelled.get("image_size", image_size) != image_size:
         raise ConfigError(
             f"vision_config.image_size {spelled['image_size']} contradicts "
-            f"mm_vision_tower {tower!r}"
+            f"mm_vision_tower {raw['mm_vision_tower']!r}"
         )
     return _vision(spelled, image_size=image_size)
 

@@ -1,1 +1,1 @@
-"""The `fastvlm` command: each file parses one subcommand, calls one public function, prints."""
+"""The command line: parse, call one public function, print. Knows no models of its own."""

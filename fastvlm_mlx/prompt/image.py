@@ -48,7 +48,10 @@ _WARNINGS_LOCK = threading.Lock()
 
 
 def open_image(
-    source: ImageSource, *, background: tuple[int, int, int] = (255, 255, 255)
+    source: ImageSource,
+    *,
+    background: tuple[int, int, int] = (255, 255, 255),
+    name: str | None = None,
 ) -> Image.Image:
     """Return the picture as RGB: EXIF orientation applied, then transparency laid on `background`.
 
@@ -57,10 +60,11 @@ def open_image(
     of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Of an animation the first frame is taken.
     A PIL image that is RGB already is returned itself, not copied.
 
+    `name` is what errors call the source, by default its path, URL or kind.
     Raises ImageError, naming the source, if it cannot be read or decoded; FetchError for a
     download that fails.
     """
-    name = _name(source)
+    name = name or _name(source)
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source, name), background, name)
     if isinstance(source, Image.Image):

@@ -79,6 +79,12 @@ class Tokenizer:
             raise CheckpointError(f"the tokenizer has no {token}: it is not FastVLM's")
         return token_id
 
+    def token(self, token_id: int) -> str | None:
+        """Return a token as its vocabulary spells it, `<|im_end|>` say; None if there is none."""
+        in_range = 0 <= token_id < self.vocab_size
+        found: str | None = self._backend.id_to_token(token_id) if in_range else None
+        return found
+
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of one token, perhaps part of a character.
 
@@ -86,8 +92,7 @@ class Tokenizer:
         """
         known = self._bytes.get(token_id)
         if known is None:
-            in_range = 0 <= token_id < self.vocab_size
-            text = self._backend.id_to_token(token_id) if in_range else None
+            text = self.token(token_id)
             known = self._bytes[token_id] = b"" if text is None else _bytes_of(text)
         return known
 

@@ -1,0 +1,309 @@
+"""`fastvlm generate`: one answer about any number of pictures, to a terminal, a pipe or as JSON.
+
+What can be wrong without a model (pictures, prompt, options) is checked before one is downloaded
+or loaded. Knows nothing of how an answer is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastvlm_mlx.cli import stats as stats_table
+from fastvlm_mlx.cli.console import Console
+from fastvlm_mlx.cli.interrupt import Interrupt
+from fastvlm_mlx.cli.options import (
+    Command,
+    Size,
+    chosen_model,
+    image_options,
+    model_option,
+    option,
+)
+from fastvlm_mlx.errors import ImageError, PromptError
+from fastvlm_mlx.events import Finished, Generation, GenerationEvent
+from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM
+from fastvlm_mlx.sampling import Sampling
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.engine import Engine
+
+DEFAULT_PROMPT = "Describe the image."
+
+log = logging.getLogger("fastvlm_mlx")
+
+# A model can write bytes that a terminal would obey; a pipe gets them as they are.
+_TERMINAL_SAFE = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@click.command("generate", cls=Command, short_help="Answer a question about pictures.")
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@option("Prompt", "-p", "--prompt", metavar="TEXT", help=f'[default: "{DEFAULT_PROMPT}"]')
+@option("Prompt", "--prompt-file", metavar="FILE", help="Read the prompt from a UTF-8 file.")
+@option(
+    "Prompt",
+    "--system",
+    metavar="TEXT",
+    default=DEFAULT_SYSTEM,
+    show_default=True,
+    help='The system turn; "" leaves it out.',
+)
+@model_option
+@option(
+    "Model",
+    "--vision-from",
+    metavar="NAME|FOLDER",
+    help="Where the vision tower is, for exports for Apple's app, which hold none.",
+)
+@option("Model", "--device", type=click.Choice(["cpu", "gpu"]), help="[default: MLX's choice]")
+@option(
+    "Model",
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
+)
+@option("Model", "--memory-limit", type=Size(), help="Take no more memory than this, e.g. 8GB.")
+@option(
+    "Model",
+    "--keep-quantized",
+    is_flag=True,
+    help="On a CPU, keep quantized weights packed: smaller and slower.",
+)
+@image_options
+@option(
+    "Answer",
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Longest answer.",
+)
+@option(
+    "Answer",
+    "--temperature",
+    metavar="X",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="0 takes the likeliest token each time; higher is more varied.",
+)
+@option(
+    "Answer", "--top-p", metavar="X", type=float, default=1.0, show_default=True, help="1 is off."
+)
+@option("Answer", "--top-k", metavar="N", type=int, default=0, show_default=True, help="0 is off.")
+@option(
+    "Answer", "--min-p", metavar="X", type=float, default=0.0, show_default=True, help="0 is off."
+)
+@option(
+    "Answer",
+    "--repetition-penalty",
+    metavar="X",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Above 1 discourages repeating; 1 is off.",
+)
+@option(
+    "Answer", "--seed", metavar="N", type=int, help="The same seed gives the same random answer."
+)
+@option("Answer", "--stop", metavar="TEXT", multiple=True, help="End before TEXT. Repeatable.")
+@option(
+    "Answer",
+    "--num-beams",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Above 1 searches so many beams; the answer then comes all at once.",
+)
+@option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("Output", "--logprobs", is_flag=True, help="With --json: each token's log-probability.")
+@option(
+    "Output",
+    "--stats",
+    is_flag=True,
+    help="Time each stage: a table on stderr, or fields of --json.",
+)
+@click.pass_obj
+def command(
+    console: Console,
+    images: tuple[str, ...],
+    prompt: str | None,
+    prompt_file: str | None,
+    model: str | None,
+    as_json: bool,
+    logprobs: bool,
+    stats: bool,
+    **given: Any,
+) -> int:
+    """Answer a question about pictures, or just a question.
+
+    \b
+    fastvlm generate photo.jpg -p "What is this?"
+    fastvlm generate before.png after.png -p "What changed?" --json
+    cat photo.jpg | fastvlm generate -
+
+    IMAGE is a file, an http(s) URL, a data: URI, or - for standard input.
+    """
+    if logprobs and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    if "" in given["stop"]:
+        raise click.UsageError("--stop must not be empty")
+    sampling = _sampling(given)
+    question = _prompt(prompt, prompt_file, bool(images))
+    if images:
+        console.start("Reading the picture" if len(images) == 1 else "Reading the pictures")
+    pictures = _pictures(images, given["background"], asked=question is not None)
+    model = chosen_model(model, console)
+    console.start(f"Loading {model}")
+    engine = _load(model, given, console)
+    console.start("Answering")
+    with Interrupt() as interrupt:
+        events = engine.stream(
+            question or DEFAULT_PROMPT,
+            images=pictures,
+            sampling=sampling,
+            logprobs=logprobs,
+            profile=stats,
+            cancelled=lambda: interrupt.wanted,
+            **{name: given[name] for name in ("max_tokens", "stop", "num_beams", "system")},
+            **{name: given[name] for name in ("resolution", "image_mode", "background")},
+        )
+        answer = _collect(_shown(events, console, interrupt, silent=as_json))
+    console.close()
+    if as_json:
+        click.echo(_json(answer, model, with_logprobs=logprobs))
+    elif stats:
+        for line in stats_table.table(answer.stats):
+            console.line(line)
+    if not as_json and answer.finish_reason == "length":
+        console.line(f"fastvlm: {_why_cut(answer, given['max_tokens'])}")
+    return 130 if answer.finish_reason == "cancelled" else 0
+
+
+def _sampling(given: dict[str, Any]) -> Sampling:
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    sampling = Sampling(**{name: given[name] for name in names})
+    if sampling.greedy and (given["top_p"], given["top_k"], given["min_p"]) != (1.0, 0, 0.0):
+        log.warning("--top-p, --top-k and --min-p do nothing without --temperature")
+    return sampling
+
+
+def _prompt(prompt: str | None, file: str | None, has_images: bool) -> str | None:
+    """Return the prompt given, None if it is to be the default one."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("--prompt and --prompt-file are two prompts: give one")
+    if file is not None:
+        prompt = _read_prompt(Path(file))
+    if prompt is None and not has_images:
+        raise click.UsageError("give a picture, or a question with -p")
+    if prompt is not None and not prompt.strip():
+        raise PromptError(f"{file} is empty" if file is not None else "the prompt is empty")
+    return prompt
+
+
+def _read_prompt(file: Path) -> str:
+    """Return a text file's content without its last line's end."""
+    try:
+        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise PromptError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _pictures(
+    sources: Sequence[str], background: tuple[int, int, int], *, asked: bool
+) -> list[bytes]:
+    """Return the encoded bytes of each picture, each decoded once to see that it can be.
+
+    The engine decodes them again, so that its time to the first token includes that.
+    """
+    if not sources:
+        return []
+    from fastvlm_mlx.prompt.image import open_image
+    from fastvlm_mlx.prompt.sources import read_bytes, source_name
+
+    if sources.count("-") > 1:
+        raise click.UsageError("standard input (-) holds one picture")
+    pictures = []
+    for source in sources:
+        try:
+            data = read_bytes(source)
+        except ImageError as error:
+            if not asked and " " in source.strip():
+                raise ImageError(f"{error}; if it is the question, put -p before it") from error
+            raise
+        open_image(data, background=background, name=source_name(source))
+        pictures.append(data)
+    return pictures
+
+
+def _load(model: str, given: dict[str, Any], console: Console) -> Engine:
+    from fastvlm_mlx.engine import load
+
+    names = ("dtype", "device", "memory_limit", "vision_from", "keep_quantized")
+    engine = load(
+        model,
+        say=lambda line: console.line(f"fastvlm: {line}"),
+        progress=console.report,
+        **{name: given[name] for name in names},
+    )
+    log.info(
+        "%s: %s layout, computing in %s",
+        engine.source,
+        engine.layout,
+        str(engine.dtype).removeprefix("mlx.core."),
+    )
+    return engine
+
+
+def _shown(
+    events: Iterator[GenerationEvent], console: Console, interrupt: Interrupt, *, silent: bool
+) -> Generator[GenerationEvent, None, None]:
+    """Pass events on, printing their text as it comes, and a line's end after it."""
+    text = ""
+    to_terminal = sys.stdout.isatty()
+    for event in events:
+        interrupt.answering = True
+        if isinstance(event, Finished):
+            if not silent:
+                click.echo("" if text.endswith("\n") else "\n", nl=False)
+        elif not silent and event.text:
+            console.close()
+            text = event.text.translate(_TERMINAL_SAFE) if to_terminal else event.text
+            click.echo(text, nl=False)
+        yield event
+
+
+def _collect(events: Generator[GenerationEvent, None, None]) -> Generation:
+    from fastvlm_mlx.generate.session import collect
+
+    return collect(events)
+
+
+def _json(answer: Generation, model: str, *, with_logprobs: bool) -> str:
+    values: dict[str, Any] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "model": model,
+        "stats": dataclasses.asdict(answer.stats),
+    }
+    if with_logprobs:
+        values["logprobs"] = answer.logprobs
+    return json.dumps(values)
+
+
+def _why_cut(answer: Generation, max_tokens: int) -> str:
+    if answer.stats.generated_tokens >= max_tokens:
+        return f"the answer was cut at --max-tokens {max_tokens}"
+    return "the answer was cut: the model's context is full"
