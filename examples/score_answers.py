@@ -1,0 +1,21 @@
+"""Which of several answers does the model find likeliest? Sums of token log-probabilities."""
+
+from __future__ import annotations
+
+import fastvlm_mlx as fv
+
+PICTURE = "examples/images/red_circle.png"
+QUESTION = "Describe the image."
+ANSWERS = ("A red circle.", "A blue circle.", "A red square.")
+
+
+def main() -> None:
+    engine = fv.load("demo")
+    picture = engine.encode(PICTURE)
+    for answer in ANSWERS:
+        total = sum(engine.score(QUESTION, [picture], answer))
+        print(f"{total:8.2f}  {answer}")
+
+
+if __name__ == "__main__":
+    main()
