@@ -38,7 +38,9 @@ def stored(values: NDArray[np.generic], dtype: str) -> Stored:
     if np.issubdtype(values.dtype, np.integer):
         dtype = {"int64": "I64", "uint32": "U32"}[values.dtype.name]
     if dtype == "BF16":
-        return Stored(dtype, values.shape, frozen.bfloat16_bits(np.float32(values)).tobytes())
+        return Stored(
+            dtype, values.shape, frozen.bfloat16_bits(np.asarray(values, np.float32)).tobytes()
+        )
     return Stored(dtype, values.shape, np.ascontiguousarray(values, _NUMPY[dtype]).tobytes())
 
 
@@ -74,7 +76,7 @@ def write_sharded(folder: Path, tensors: Mapping[str, Stored], count: int, suffi
     for key in tensors:
         shards[min(count * before // total, count - 1)][key] = tensors[key]
         before += len(tensors[key].data)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
         weight_map |= dict.fromkeys(shard, name)

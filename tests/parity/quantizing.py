@@ -52,7 +52,7 @@ def quantize(
             continue
         path = key.removesuffix(".weight")
         width = overrides.get(path, bits)
-        weight = mx.array(np.float32(values)).astype(_MLX[dtype])
+        weight = mx.array(np.asarray(values, np.float32)).astype(_MLX[dtype])
         codes, scales, biases = mx.quantize(weight, group_size=GROUP, bits=width)
         packed[key] = stored(np.array(codes), dtype)
         packed[f"{path}.scales"] = stored(np.array(scales.astype(mx.float32)), dtype)
@@ -80,4 +80,7 @@ def _as_float32(value: Stored) -> NDArray[np.float32]:
 
 def bfloat16_rounded(tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
     """The float32 twin of tensors stored as bfloat16."""
-    return {key: frozen.bfloat16_rounded(np.float32(value)) for key, value in tensors.items()}
+    return {
+        key: frozen.bfloat16_rounded(np.asarray(value, np.float32))
+        for key, value in tensors.items()
+    }

@@ -86,7 +86,10 @@ class Source:
 
     def fused(self) -> Source:
         """The same model with a fused tower, float32, and a config that says so."""
-        tower = {TIMM + key: np.float32(v) for key, v in fusing.fuse_tower(self.tower()).items()}
+        tower = {
+            TIMM + key: np.asarray(v, np.float32)
+            for key, v in fusing.fuse_tower(self.tower()).items()
+        }
         vision = dict(self.config["vision_config"])
         vision["model_args"] = {**vision["model_args"], "inference_mode": True}
         return replace(
@@ -98,15 +101,15 @@ class Source:
     def untied(self) -> Source:
         """Another model: the same but for an output head of its own. The config still says tied."""
         embed = self.tensors["model.language_model.embed_tokens.weight"]
-        head = np.float32(embed)[::-1] * np.float32(0.5) + np.float32(embed) * np.float32(0.5)
-        head = np.float16(head).astype(embed.dtype)
+        whole = np.asarray(embed, np.float32)
+        head = ((whole[::-1] + whole) / 2).astype(np.float16).astype(embed.dtype)
         return replace(self, tensors={**self.tensors, "lm_head.weight": head})
 
 
 def _with_counts(tower: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Give BatchNorm's counters their integer type back."""
     return {
-        key: np.int64(value) if key.endswith("num_batches_tracked") else value
+        key: np.asarray(value, np.int64) if key.endswith("num_batches_tracked") else value
         for key, value in tower.items()
     }
 

@@ -9,27 +9,19 @@ prove something and unequal ones are no accident of rounding.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import demo_cases
 import mlx.core as mx
 import numpy as np
 import pytest
+from asking import CASES, DEMO, HERE, REFERENCE, greedy_ids, last_logits, relative_rms, rendered
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.generate.loop import generate_ids
-from fastvlm_mlx.prompt.processor import Prompt, TextIds
-from fastvlm_mlx.prompt.template import user_message
-from fastvlm_mlx.sampling import GREEDY
+from fastvlm_mlx.prompt.processor import TextIds
 
-HERE = Path(__file__).parent
-DEMO = HERE.parents[1] / "fastvlm_mlx" / "demo"
-REFERENCE: dict[str, Any] = json.loads((HERE / "demo.json").read_text(encoding="utf-8"))
-CASES: dict[str, Any] = REFERENCE["cases"]
 LOGIT_TOLERANCE = 1e-4
 
 
@@ -42,30 +34,6 @@ def arrays() -> Any:
 @pytest.fixture(scope="module")
 def engine() -> fv.Engine:
     return fv.load(DEMO, dtype="float32")
-
-
-def rendered(engine: fv.Engine, case: dict[str, Any]) -> Prompt:
-    message = user_message(case["question"], len(case["pictures"]))
-    return engine.pipeline.processor.prompt([message])
-
-
-def embeddings(engine: fv.Engine, case: dict[str, Any]) -> mx.array:
-    images = [engine.encode(demo_cases.picture(name)) for name in case["pictures"]]
-    return engine.pipeline.embed(rendered(engine, case), images)
-
-
-def greedy_ids(engine: fv.Engine, case: dict[str, Any]) -> list[int]:
-    """Return 32 ids with nothing stopping them."""
-    decoder = engine.pipeline.model.decoder
-    steps = generate_ids(
-        decoder,
-        embeddings(engine, case),
-        decoder.make_cache(),
-        sampling=GREEDY,
-        max_tokens=32,
-        stop_ids=(),
-    )
-    return [step.token_id for step in steps]
 
 
 def test_reference_was_made_from_these_weights() -> None:
@@ -96,8 +64,7 @@ def test_tower_and_projector_equal_transformers(engine: fv.Engine, arrays: Any, 
         (tower, arrays[f"{name}.tower"]),
         (projected, arrays[f"{name}.projected"]),
     ):
-        assert ours.shape == theirs.shape
-        assert np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)) <= 1e-5
+        assert relative_rms(ours, theirs) <= 1e-5
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,9 +79,7 @@ def test_prompt_segments_equal_transformers(engine: fv.Engine, name: str) -> Non
 
 @pytest.mark.parametrize("name", CASES)
 def test_last_logits_equal_transformers(engine: fv.Engine, arrays: Any, name: str) -> None:
-    decoder = engine.pipeline.model.decoder
-    hidden = decoder.hidden(embeddings(engine, CASES[name]), decoder.make_cache())
-    logits = np.array(decoder.logits(hidden[:, -1:])[0, 0])
+    logits = last_logits(engine, CASES[name])
     theirs = arrays[f"{name}.logits"]
     assert logits.shape == theirs.shape
     assert np.abs(logits - theirs).max() <= LOGIT_TOLERANCE

@@ -18,13 +18,11 @@ import numpy as np
 import pytest
 import source_folders
 import sources
+from asking import DEMO, HERE, relative_rms
 
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.model.vision import FastViTHD
-
-HERE = Path(__file__).parent
-DEMO = HERE.parents[1] / "fastvlm_mlx" / "demo"
 
 pytestmark = pytest.mark.slow  # 125 million frozen weights a form
 
@@ -54,10 +52,6 @@ def run(tower: FastViTHD, reference: Any, case: str) -> np.ndarray:
     info = json.loads(str(reference["cases"]))["cases"][case]
     pixels = frozen.picture(info["height"], info["width"], info["seed"])
     return np.array(tower(mx.array(pixels)[None])[0].astype(mx.float32))
-
-
-def relative_rms(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((ours - theirs) ** 2.0) / np.mean(theirs**2.0)))
 
 
 @pytest.mark.parametrize("case", ["fused_256", "fused_192x320"])
