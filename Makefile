@@ -8,8 +8,8 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
-IMAGE ?= examples/images/two_red_circles.png
-QUESTION ?= How many circles are there?
+IMAGE ?= examples/images/four_green_stars.png
+QUESTION ?= How many stars are there?
 
 # On Linux the MLX backend is an extra; on macOS MLX brings Metal itself.
 ifeq ($(shell uname -s),Linux)
