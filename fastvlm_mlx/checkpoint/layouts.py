@@ -21,8 +21,8 @@ Transform = Literal["", "OIHW"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """Tensors whose whole name matches `pattern` become `target` (with its groups filled in).
+class Leaf:
+    """The end of a name: where it matches `pattern`, `target` replaces it, its groups filled in.
 
     The transform "OIHW" says that the source's convolution is PyTorch's [O,I,kh,kw].
     """
@@ -30,6 +30,15 @@ class Rule:
     pattern: re.Pattern[str]
     target: str
     transform: Transform = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Names that begin with `pattern` and end with one of the leaves: `target`, then the leaf's."""
+
+    pattern: re.Pattern[str]
+    target: str
+    leaves: tuple[Leaf, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,15 @@ class WeightLayout:
         Raises KeyError for a name that no rule covers.
         """
         for rule in self.rules:
-            match = rule.pattern.fullmatch(name)
-            if match:
-                return match.expand(rule.target), rule.transform
+            module = rule.pattern.match(name)
+            if module is None:
+                continue
+            rest = name[module.end() :]
+            for leaf in rule.leaves:
+                found = leaf.pattern.fullmatch(rest)
+                if found is not None:
+                    path = rule.target.format_map(module.groupdict())
+                    return path + leaf.target.format_map(found.groupdict()), leaf.transform
         if any(pattern.fullmatch(name) for pattern in self.drop):
             return None
         raise KeyError(name)
@@ -110,69 +125,61 @@ def recognise(names: Collection[str]) -> WeightLayout:
     )
 
 
-def _rules(
-    prefix: str,
-    modules: Iterable[tuple[str, str]],
-    leaves: Iterable[tuple[str, str, Transform]],
-) -> list[Rule]:
-    """Make the rules of every module with every leaf: prefix + module + leaf → module + leaf."""
-    return [
-        Rule(re.compile(prefix + module + leaf), target + to, transform)
-        for module, target in modules
-        for leaf, to, transform in leaves
-    ]
+def _rules(prefix: str, modules: Iterable[tuple[str, str]], leaves: tuple[Leaf, ...]) -> list[Rule]:
+    """Make the rule of every module: prefix + module + leaf → module + leaf."""
+    return [Rule(re.compile(prefix + module), target, leaves) for module, target in modules]
+
+
+def _leaves(*table: tuple[str, str, Transform]) -> tuple[Leaf, ...]:
+    return tuple(Leaf(re.compile(leaf), target, transform) for leaf, target, transform in table)
 
 
 _BN = r"(?P<bn>weight|bias|running_mean|running_var)"
-_QUANT = r"(?P<leaf>weight|bias|scales|biases)"
+_QUANTIZABLE = _leaves((r"(?P<leaf>weight|bias|scales|biases)", "{leaf}", ""))
 
 
 def _unit(
     fused: Iterable[str], kxk: str, scale: str, skip: str, transform: Transform
-) -> list[tuple[str, str, Transform]]:
+) -> tuple[Leaf, ...]:
     """Leaves of one convolution unit, each branch by its source's name for it."""
-    return [
+    return _leaves(
         *((rf"{name}\.weight", "weight", transform) for name in fused),
         *((rf"{name}\.bias", "bias", "") for name in fused),
-        (rf"{kxk}\.conv\.weight", r"kxk.\g<n>.conv.weight", transform),
-        (rf"{kxk}\.bn\.{_BN}", r"kxk.\g<n>.bn.\g<bn>", ""),
+        (rf"{kxk}\.conv\.weight", r"kxk.{n}.conv.weight", transform),
+        (rf"{kxk}\.bn\.{_BN}", r"kxk.{n}.bn.{bn}", ""),
         (rf"{scale}\.conv\.weight", "scale.conv.weight", transform),
-        (rf"{scale}\.bn\.{_BN}", r"scale.bn.\g<bn>", ""),
-        (rf"{skip}\.{_BN}", r"skip.bn.\g<bn>", ""),
-    ]
+        (rf"{scale}\.bn\.{_BN}", r"scale.bn.{bn}", ""),
+        (rf"{skip}\.{_BN}", r"skip.bn.{bn}", ""),
+    )
 
 
-def _large_kernel(
-    fused: str, large: str, small: str, transform: Transform
-) -> list[tuple[str, str, Transform]]:
+def _large_kernel(fused: str, large: str, small: str, transform: Transform) -> tuple[Leaf, ...]:
     """Leaves of the large-kernel convolution: its 7x7 is the unit's branch 0, its 3x3 `scale`."""
-    return [
+    return _leaves(
         (rf"{fused}\.weight", "weight", transform),
         (rf"{fused}\.bias", "bias", ""),
         (rf"{large}\.conv\.weight", "kxk.0.conv.weight", transform),
-        (rf"{large}\.bn\.{_BN}", r"kxk.0.bn.\g<bn>", ""),
+        (rf"{large}\.bn\.{_BN}", r"kxk.0.bn.{bn}", ""),
         (rf"{small}\.conv\.weight", "scale.conv.weight", transform),
-        (rf"{small}\.bn\.{_BN}", r"scale.bn.\g<bn>", ""),
-    ]
+        (rf"{small}\.bn\.{_BN}", r"scale.bn.{bn}", ""),
+    )
 
 
-def _block(
-    ffn: str, skip: str, scale: str, transform: Transform
-) -> list[tuple[str, str, Transform]]:
+def _block(ffn: str, skip: str, scale: str, transform: Transform) -> tuple[Leaf, ...]:
     """Leaves of a block beside its mixer's convolution units."""
-    return [
-        (rf"token_mixer\.norm\.{skip}\.{_BN}", r"mixer_norm.skip.bn.\g<bn>", ""),
+    return _leaves(
+        (rf"token_mixer\.norm\.{skip}\.{_BN}", r"mixer_norm.skip.bn.{bn}", ""),
         (rf"token_mixer\.layer_scale{scale}", "mixer_scale", ""),
         (rf"layer_scale{scale}", "layer_scale", ""),
-        (rf"layer_scale_(?P<n>[12]){scale}", r"layer_scale_\g<n>", ""),
-        (r"norm\.(?P<leaf>weight|bias)", r"norm.\g<leaf>", ""),
+        (rf"layer_scale_(?P<n>[12]){scale}", r"layer_scale_{n}", ""),
+        (r"norm\.(?P<leaf>weight|bias)", r"norm.{leaf}", ""),
         (r"token_mixer\.qkv\.weight", "qkv.weight", ""),
-        (r"token_mixer\.proj\.(?P<leaf>weight|bias)", r"proj.\g<leaf>", ""),
+        (r"token_mixer\.proj\.(?P<leaf>weight|bias)", r"proj.{leaf}", ""),
         (rf"{ffn}\.conv\.conv\.weight", "ffn.conv.conv.weight", transform),
-        (rf"{ffn}\.conv\.bn\.{_BN}", r"ffn.conv.bn.\g<bn>", ""),
-        (rf"{ffn}\.fc(?P<n>[12])\.weight", r"ffn.fc\g<n>.weight", transform),
-        (rf"{ffn}\.fc(?P<n>[12])\.bias", r"ffn.fc\g<n>.bias", ""),
-    ]
+        (rf"{ffn}\.conv\.bn\.{_BN}", r"ffn.conv.bn.{bn}", ""),
+        (rf"{ffn}\.fc(?P<n>[12])\.weight", r"ffn.fc{n}.weight", transform),
+        (rf"{ffn}\.fc(?P<n>[12])\.bias", r"ffn.fc{n}.bias", ""),
+    )
 
 
 def _apple_tower(prefix: str, stem: str, transform: Transform) -> list[Rule]:
@@ -182,11 +189,11 @@ def _apple_tower(prefix: str, stem: str, transform: Transform) -> list[Rule]:
     stages = list(enumerate((0, 2, 4, 7, 10)))
     downsamples = list(enumerate((1, 3, 5, 8), start=1))
     blocks = [
-        (rf"network\.{i}\.(?P<j>\d+)\.", rf"vision.stages.{s}.blocks.\g<j>.") for s, i in stages
+        (rf"network\.{i}\.(?P<j>\d+)\.", f"vision.stages.{s}.blocks.{{j}}.") for s, i in stages
     ]
     mixers = [(path + r"token_mixer\.(?:mixer\.)?", to + "mixer.") for path, to in blocks]
     return [
-        *_rules(prefix, [(stem + r"(?P<i>[012])\.", r"vision.stem.\g<i>.")], unit),
+        *_rules(prefix, [(stem + r"(?P<i>[012])\.", r"vision.stem.{i}.")], unit),
         *_rules(prefix, blocks, _block("convffn", "rbr_skip", "", transform)),
         *_rules(prefix, mixers, unit),
         *_rules(
@@ -227,18 +234,18 @@ def _timm_tower(prefix: str) -> list[Rule]:
     unit = _unit(["reparam_conv"], r"conv_kxk\.(?P<n>\d+)", r"conv_scale", r"identity", "OIHW")
     large = _large_kernel("reparam_conv", "large_conv", "small_conv", "OIHW")
     stage = r"stages\.(?P<s>[0-4])\."
-    block = (stage + r"blocks\.(?P<j>\d+)\.", r"vision.stages.\g<s>.blocks.\g<j>.")
+    block = (stage + r"blocks\.(?P<j>\d+)\.", r"vision.stages.{s}.blocks.{j}.")
     mixer = (block[0] + r"token_mixer\.(?:mixer\.)?", block[1] + "mixer.")
     downsample = stage + r"downsample\.proj\."
     return [
-        *_rules(prefix, [(r"stem\.(?P<i>[012])\.", r"vision.stem.\g<i>.")], unit),
+        *_rules(prefix, [(r"stem\.(?P<i>[012])\.", r"vision.stem.{i}.")], unit),
         *_rules(prefix, [block], _block("mlp", "identity", r"\.gamma", "OIHW")),
         *_rules(prefix, [mixer], unit),
-        *_rules(prefix, [(downsample + r"0\.", r"vision.stages.\g<s>.downsample.0.")], large),
-        *_rules(prefix, [(downsample + r"1\.", r"vision.stages.\g<s>.downsample.1.")], unit),
+        *_rules(prefix, [(downsample + r"0\.", r"vision.stages.{s}.downsample.0.")], large),
+        *_rules(prefix, [(downsample + r"1\.", r"vision.stages.{s}.downsample.1.")], unit),
         *_rules(
             prefix,
-            [(stage + r"pos_emb\.", r"vision.stages.\g<s>.pos_emb.")],
+            [(stage + r"pos_emb\.", r"vision.stages.{s}.pos_emb.")],
             _pos_emb("pos_enc", "OIHW"),
         ),
         *_rules(prefix, [(r"final_conv\.", "vision.expansion.conv.")], unit),
@@ -248,39 +255,37 @@ def _timm_tower(prefix: str) -> list[Rule]:
     ]
 
 
-def _pos_emb(encoding: str, transform: Transform) -> list[tuple[str, str, Transform]]:
-    return [
+def _pos_emb(encoding: str, transform: Transform) -> tuple[Leaf, ...]:
+    return _leaves(
         (r"reparam_conv\.weight", "weight", transform),
         (r"reparam_conv\.bias", "bias", ""),
         (rf"{encoding}\.weight", "encoding.weight", transform),
         (rf"{encoding}\.bias", "encoding.bias", ""),
-    ]
+    )
 
 
-def _gates(reduce: str, expand: str, transform: Transform) -> list[tuple[str, str, Transform]]:
-    return [
+def _gates(reduce: str, expand: str, transform: Transform) -> tuple[Leaf, ...]:
+    return _leaves(
         (rf"{reduce}\.weight", "reduce.weight", transform),
         (rf"{reduce}\.bias", "reduce.bias", ""),
         (rf"{expand}\.weight", "expand.weight", transform),
         (rf"{expand}\.bias", "expand.bias", ""),
-    ]
+    )
 
 
 def _language(body: str, head: str) -> list[Rule]:
     """Qwen2's names are mlx-lm's; only the prefix differs."""
+    same = _leaves((r"(?P<rest>(?:embed_tokens|layers\.\d+|norm)\..+)", "{rest}", ""))
     return [
-        Rule(
-            re.compile(body + r"(?P<rest>(?:embed_tokens|layers\.\d+|norm)\..+)"),
-            r"decoder.qwen2.model.\g<rest>",
-        ),
-        Rule(re.compile(head + r"lm_head\." + _QUANT), r"decoder.qwen2.lm_head.\g<leaf>"),
+        Rule(re.compile(body), "decoder.qwen2.model.", same),
+        Rule(re.compile(head + r"lm_head\."), "decoder.qwen2.lm_head.", _QUANTIZABLE),
     ]
 
 
 def _projector(first: str, second: str) -> list[Rule]:
     return [
-        Rule(re.compile(rf"{first}\.{_QUANT}"), r"projector.linear_1.\g<leaf>"),
-        Rule(re.compile(rf"{second}\.{_QUANT}"), r"projector.linear_2.\g<leaf>"),
+        Rule(re.compile(rf"{first}\."), "projector.linear_1.", _QUANTIZABLE),
+        Rule(re.compile(rf"{second}\."), "projector.linear_2.", _QUANTIZABLE),
     ]
 
 
