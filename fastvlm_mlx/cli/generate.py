@@ -236,6 +236,7 @@ def _pictures(
         raise click.UsageError("standard input (-) holds one picture")
     pictures = []
     for source in sources:
+        log.info("reading %s", source_name(source))
         try:
             data = read_bytes(source)
         except ImageError as error:
@@ -273,7 +274,9 @@ def _shown(
     text = ""
     to_terminal = sys.stdout.isatty()
     for event in events:
-        interrupt.answering = True
+        if not interrupt.answering:
+            interrupt.answering = True
+            log.info("first token")
         if isinstance(event, Finished):
             if not silent:
                 click.echo("" if text.endswith("\n") else "\n", nl=False)

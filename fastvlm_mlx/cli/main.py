@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return 130
     except click.ClickException as error:
-        return _fail(_click_line(error))
+        return _fail(_click_line(error, words))
     except FastVLMError as error:
         return _fail(str(error))
     except Exception as error:
@@ -113,9 +113,12 @@ def _fail(message: str, *, code: int = 2) -> int:
     return code
 
 
-def _click_line(error: click.ClickException) -> str:
+def _click_line(error: click.ClickException, words: Sequence[str]) -> str:
     """Return click's message as one of ours, and where the help is."""
     message = error.format_message().rstrip(".")
     message = message[:1].lower() + message[1:]
-    context = error.ctx if isinstance(error, click.UsageError) else None
-    return f"{message} (see {context.command_path} --help)" if context else message
+    if not isinstance(error, click.UsageError):
+        return message
+    # An option that lacks its value is found too early for a context.
+    command = next((f"fastvlm {word}" for word in words if word in _COMMANDS), "fastvlm")
+    return f"{message} (see {error.ctx.command_path if error.ctx else command} --help)"
