@@ -6,7 +6,8 @@
 Weights come from `frozen.py`, rounded to bfloat16 values so that a bfloat16 checkpoint holds the
 same ones; pixels are `frozen.picture(height, width, seed)` / 255 in the order [1, 3, H, W]. The
 tower runs in float64, so what a float32 engine differs from it by is the engine's own rounding.
-Writes `tower.npz`, `tower_small.npz` and the key inventories `keys_*.json`. Imports none of
+Writes `tower.npz`, `tower_small.npz`, the key inventories `keys_*.json`
+and `config_fast_vlm.json`, as transformers saves it for 0.5B. Imports none of
 fastvlm_mlx. Names in the archives: `<case>` features [tokens, channels] float32 (row-major over
 the grid), `<case>.tokens` which tokens those are, `<case>.rms` of all tokens, `<case>.mean` and
 `<case>.std` over the tokens, a channel each; `cases` is the JSON text that describes them.
@@ -131,8 +132,13 @@ def write_inventories() -> None:
             "num_key_value_heads": 2,
             "vocab_size": 152000,
             "tie_word_embeddings": True,
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+            "max_position_embeddings": 131072,
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
         }
         config = FastVlmConfig(text_config=text, image_seq_length=256)
+        config.to_json_file(HERE / "config_fast_vlm.json")
         write_keys(
             HERE / "keys_fast_vlm.json", FastVlmForConditionalGeneration(config).state_dict()
         )
