@@ -15,7 +15,14 @@ import mlx.nn as nn
 
 from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths
 from fastvlm_mlx.checkpoint.layouts import first_few
-from fastvlm_mlx.checkpoint.store import EMBEDDING, HEAD, Checkpoint, MappedTensor, target_dtype
+from fastvlm_mlx.checkpoint.store import (
+    EMBEDDING,
+    FLOATS,
+    HEAD,
+    Checkpoint,
+    MappedTensor,
+    target_dtype,
+)
 from fastvlm_mlx.checkpoint.tensors import TensorReader
 from fastvlm_mlx.errors import CheckpointMismatch
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -24,8 +31,6 @@ from fastvlm_mlx.model.vision import pixel_fold
 log = logging.getLogger("fastvlm_mlx")
 
 Progress = Callable[[int, int], None]
-
-_FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def load_model(
@@ -84,7 +89,7 @@ def _weights(
         if leaf == "weight" and not packed:
             # Only a padded vocabulary is longer than the config says (`store.py` checked).
             array = array[: shapes[name][0]]
-        if tensor.stored.dtype in _FLOATS:
+        if tensor.stored.dtype in FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
         yield name, array, tensor.stored.nbytes

@@ -24,6 +24,7 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 
 EMBEDDING = "decoder.qwen2.model.embed_tokens"
 HEAD = "decoder.qwen2.lm_head"
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 _PACKED = ("weight", "scales", "biases")
 _PADDED_ROWS = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
@@ -85,7 +86,7 @@ class Checkpoint:
             path = name.removesuffix(".weight")
             if f"{path}.scales" in self.tensors and not dequantize:
                 leaves = (self.tensors.get(f"{path}.{leaf}") for leaf in _PACKED)
-                total += sum(leaf.stored.nbytes for leaf in leaves if leaf)
+                total += sum(_kept_bytes(leaf.stored, dtype) for leaf in leaves if leaf)
             else:
                 total += math.prod(shape) * target_dtype(name, dtype).size
         return total
@@ -145,6 +146,11 @@ def target_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
     """
     tail = ("vision.stages.4.pos_emb.", "vision.stages.4.blocks.", "vision.expansion.")
     return mx.float32 if dtype == mx.float16 and name.startswith(tail) else dtype
+
+
+def _kept_bytes(stored: StoredTensor, dtype: mx.Dtype) -> int:
+    """Return bytes of a quantized module's tensor in memory: its scales are cast, codes are not."""
+    return math.prod(stored.shape) * dtype.size if stored.dtype in FLOATS else stored.nbytes
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
