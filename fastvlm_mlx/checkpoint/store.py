@@ -15,9 +15,10 @@ from mlx.utils import tree_flatten
 
 from fastvlm_mlx.checkpoint import layouts
 from fastvlm_mlx.checkpoint.fuse import module_paths
-from fastvlm_mlx.checkpoint.layouts import Transform, WeightLayout, first_few
+from fastvlm_mlx.checkpoint.layouts import WeightLayout, first_few
 from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm
 from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, find_tensors, read_json
+from fastvlm_mlx.checkpoint.tower_names import Transform
 from fastvlm_mlx.config import PRESETS, ModelConfig
 from fastvlm_mlx.errors import CheckpointMismatch
 from fastvlm_mlx.model.fastvlm import FastVLM
