@@ -2,7 +2,8 @@
 
 Run from the repository's root, where both are installed:
     python -m benchmarks.peers.mlx_vlm_counts            counts only, seconds
-    python -m benchmarks.peers.mlx_vlm_counts --parity   and errors at 256 px against timm, a minute
+    python -m benchmarks.peers.mlx_vlm_counts --weights  and, on the frozen real-size tower, errors
+                                                         against timm and load peaks; minutes
 The last line is JSON.
 """
 
@@ -28,7 +29,9 @@ from mlx_vlm.models.fastvlm.config import ModelConfig, TextConfig, VisionConfig
 from mlx_vlm.models.fastvlm.fastvlm import Model
 from mlx_vlm.models.fastvlm.language import LanguageModel
 from mlx_vlm.models.fastvlm.vision import VisionModel
+from mlx_vlm.utils import load_model as load_their_model
 
+from benchmarks import towers
 from benchmarks.graph_trace import (
     PRODUCTS,
     compiling,
@@ -42,6 +45,8 @@ from benchmarks.graph_trace import (
     trace,
     work,
 )
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.store import open_checkpoint
 
 MIB = 2**20
 IMAGE_TOKEN = -200
@@ -176,31 +181,48 @@ def read(token: Any) -> int:
     return token if isinstance(token, int) else token.item()
 
 
-def parity() -> dict[str, float]:
+def parity(folder: Path) -> dict[str, float]:
     """Check 7: relative RMS against timm in float64 on the frozen tower, ours and theirs."""
-    from benchmarks import towers
+    return {
+        f"{name} {dtype} {case}": towers.error(make(folder, dtype), case)
+        for dtype in (mx.float32, mx.bfloat16, mx.float16)
+        for name, make in (("ours", towers.ours), ("mlx-vlm", towers.mlx_vlm))
+        for case in ("fused_256", "fused_192x320")
+    }
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = towers.write_folder(Path(temporary) / "tower")
-        return {
-            f"{name} {dtype} {case}": towers.error(make(folder, dtype), case)
-            for dtype in (mx.float32, mx.bfloat16, mx.float16)
-            for name, make in (("ours", towers.ours), ("mlx-vlm", towers.mlx_vlm))
-            for case in ("fused_256", "fused_192x320")
-        }
+
+def load_peaks(folder: Path) -> dict[str, float]:
+    """Check 9: MLX's peak while loading over what stays, both in the stored bfloat16."""
+
+    def peak(load: Callable[[], nn.Module]) -> float:
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        model = load()
+        weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        return (mx.get_peak_memory() - before) / weights
+
+    checkpoint = open_checkpoint(folder)
+    return {
+        "ours": peak(lambda: load_model(checkpoint, mx.bfloat16, dequantize=False)),
+        "mlx-vlm": peak(lambda: load_their_model(folder)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parity", action="store_true", help="measure errors as well")
+    parser.add_argument("--weights", action="store_true", help="errors and load peaks as well")
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "versions": {name: version(name) for name in ("mlx", "mlx-vlm")},
         "tower": tower_counts(),
         "request": request_counts(),
     }
-    if arguments.parity:
-        results["relative_rms"] = parity()
+    if arguments.weights:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = towers.write_folder(Path(temporary) / "tower")
+            results["load_peak_over_weights"] = load_peaks(folder)
+            results["relative_rms"] = parity(folder)
     for section in results.values():
         for name, value in section.items():
             print(f"{name}: {dict(value) if isinstance(value, Counter) else value}")
