@@ -49,6 +49,21 @@ def greedy_ids(engine: fv.Engine, case: dict[str, Any]) -> list[int]:
     return [step.token_id for step in steps]
 
 
+def barred_ids(engine: fv.Engine, case: dict[str, Any]) -> list[int]:
+    """Return 32 ids, none of the reference's stop ids: a loop of its own over decoder and cache."""
+    decoder = engine.pipeline.model.decoder
+    cache = decoder.make_cache()
+    hidden = decoder.hidden(embeddings(engine, case), cache)
+    ids: list[int] = []
+    while True:
+        logits = np.array(decoder.logits(hidden[:, -1:])[0, 0].astype(mx.float32))
+        logits[REFERENCE["stop_ids"]] = -np.inf
+        ids.append(int(logits.argmax()))
+        if len(ids) == 32:
+            return ids
+        hidden = decoder.hidden(decoder.embed(mx.array([ids[-1:]])), cache)
+
+
 def last_logits(engine: fv.Engine, case: dict[str, Any]) -> NDArray[np.float32]:
     """Return the logits [vocabulary] at the prompt's last position."""
     decoder = engine.pipeline.model.decoder

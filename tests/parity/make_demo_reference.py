@@ -4,11 +4,13 @@
     python tests/parity/make_demo_reference.py [FOLDER]       # under a minute; default: the demo
 
 For every case of `demo_cases.py`: the prompt's segments, the logits at its last position, 32
-greedy ids with nothing stopping them, the margin (top-1 minus top-2) at each step, and three
-beams' ids. For every picture: what the tower and the projector give. Of a group's questions the one
-with the widest smallest margin is kept, and MARGIN is asked of it, so that no id hangs on rounding.
-Writes `demo.json` and `demo.npz`, with the sha256 of the weights. Imports none of
-fastvlm_mlx. Last of all, transformers must load `source_folders.py`'s fused folder and agree.
+greedy ids with nothing stopping them (`ids`; after the answer mostly <|im_end|>), 32 from which
+stop ids are barred (`barred_ids`: every one a real word piece), the margin (top-1 minus top-2) at
+each step, and three beams' ids. For every picture: what the tower and the projector give. Of a
+group's questions the one with the widest smallest margin is kept, and MARGIN is asked of it, so
+that no id hangs on rounding. Writes `demo.json` and `demo.npz`, with the sha256 of the weights.
+Imports none of fastvlm_mlx. Last of all, transformers must load `source_folders.py`'s fused folder
+and agree.
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.model = load(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.stop_ids = self.model.generation_config.eos_token_id
         self.tokens = self.model.config.image_seq_length
         self.side = 64 * int(self.tokens**0.5)
         self.pixels = {
@@ -96,13 +99,15 @@ class Reference:
 
     @torch.inference_mode()
     def greedy(
-        self, inputs: dict[str, Any], count: int
+        self, inputs: dict[str, Any], count: int, barred: Sequence[int] = ()
     ) -> tuple[np.ndarray, list[int], list[float]]:
-        """Return the first logits, `count` ids and the margin of each."""
+        """Return the first logits, `count` ids, none of them barred, and the margin of each."""
         out = self.model(**inputs, use_cache=True)
         first, ids, margins = out.logits[0, -1].numpy(), [], []
         while True:
-            best = out.logits[0, -1].topk(2)
+            logits = out.logits[0, -1].clone()
+            logits[list(barred)] = -torch.inf
+            best = logits.topk(2)
             margins.append(float(best.values[0] - best.values[1]))
             ids.append(int(best.indices[0]))
             if len(ids) == count:
@@ -128,23 +133,29 @@ class Reference:
         """Return (what the JSON holds, first logits) of each case, for the clearest question."""
         tried = []
         for question in group.questions:
+            inputs = {n: self.inputs(names, question)[1] for n, names in group.cases.items()}
             found = {
-                name: self.greedy(self.inputs(pictures, question)[1], TOKENS)
-                for name, pictures in group.cases.items()
+                name: (self.greedy(each, TOKENS), self.greedy(each, TOKENS, self.stop_ids))
+                for name, each in inputs.items()
             }
-            tried.append((min(min(margins) for *_, margins in found.values()), question, found))
+            margins = [min(run[2]) for runs in found.values() for run in runs]
+            tried.append((min(margins), question, found))
         smallest, question, found = max(tried, key=lambda row: row[0])
         cases = {}
-        for name, (logits, ids, margins) in found.items():
+        for name, ((logits, ids, margins), (_, barred, barred_margins)) in found.items():
             segments, inputs = self.inputs(group.cases[name], question)
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
-            print(f"{name}: {question!r} margin {min(margins):.4f}: {text!r}")
+            on = self.tokenizer.decode(barred, skip_special_tokens=False)
+            print(f"{name}: {question!r} margin {min(margins):.3f}: {text!r}")
+            print(f"    no stop: margin {min(barred_margins):.3f}: {on!r}")
             case = {
                 "pictures": group.cases[name],
                 "question": question,
                 "segments": segments,
                 "ids": ids,
                 "margins": [round(margin, 4) for margin in margins],
+                "barred_ids": barred,
+                "barred_margins": [round(margin, 4) for margin in barred_margins],
                 "beams": self.beams(inputs),
                 "text": text,
             }
@@ -199,6 +210,7 @@ def main() -> None:
         "versions": {m.__name__: m.__version__ for m in (torch, timm, transformers)},
         "fused_folder_logit_difference": fused_difference(folder, reference, cases),
         "padded_pixels_sha256": digests,
+        "stop_ids": reference.stop_ids,
         "cases": cases,
     }
     np.savez_compressed(HERE / "demo.npz", **arrays)

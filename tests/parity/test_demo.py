@@ -17,7 +17,17 @@ import demo_cases
 import mlx.core as mx
 import numpy as np
 import pytest
-from asking import CASES, DEMO, HERE, REFERENCE, greedy_ids, last_logits, relative_rms, rendered
+from asking import (
+    CASES,
+    DEMO,
+    HERE,
+    REFERENCE,
+    barred_ids,
+    greedy_ids,
+    last_logits,
+    relative_rms,
+    rendered,
+)
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.prompt.processor import TextIds
@@ -43,9 +53,11 @@ def test_reference_was_made_from_these_weights() -> None:
 
 def test_margins_make_equal_ids_a_proof() -> None:
     for name, case in CASES.items():
-        assert len(case["margins"]) == len(case["ids"]) == 32
-        assert min(case["margins"]) >= 20 * LOGIT_TOLERANCE, name
-        assert len(set(case["ids"])) > 1, name
+        for kind in ("", "barred_"):
+            ids, margins = case[f"{kind}ids"], case[f"{kind}margins"]
+            assert len(margins) == len(ids) == 32
+            assert min(margins) >= 20 * LOGIT_TOLERANCE, name
+        assert len(set(case["barred_ids"])) >= 8, name
 
 
 @pytest.mark.parametrize("name", demo_cases.PICTURES)
@@ -90,6 +102,14 @@ def test_greedy_ids_equal_transformers(engine: fv.Engine, name: str) -> None:
     assert greedy_ids(engine, CASES[name]) == CASES[name]["ids"]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_ids_equal_transformers_where_stopping_is_barred(
+    engine: fv.Engine, name: str
+) -> None:
+    """Behind a short answer only <|im_end|> follows; with it barred all 32 ids are words."""
+    assert barred_ids(engine, CASES[name]) == CASES[name]["barred_ids"]
+
+
 @pytest.mark.parametrize(
     ("one", "other"), [("one image", "other image"), ("two images", "two images swapped")]
 )
@@ -99,6 +119,7 @@ def test_swapping_the_picture_changes_the_ids(engine: fv.Engine, one: str, other
     swapped = {**CASES[one], "pictures": CASES[other]["pictures"]}
     assert greedy_ids(engine, CASES[one]) != greedy_ids(engine, swapped)
     assert greedy_ids(engine, swapped) == CASES[other]["ids"]
+    assert barred_ids(engine, swapped) == CASES[other]["barred_ids"]
 
 
 @pytest.mark.parametrize("name", CASES)

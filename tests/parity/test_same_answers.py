@@ -15,7 +15,7 @@ import pytest
 import quantizing
 import source_folders as folders
 import sources
-from asking import CASES, DEMO, greedy_ids, rendered
+from asking import CASES, DEMO, barred_ids, rendered
 from fileformats import Stored, stored
 from numpy.typing import NDArray
 from sources import Source
@@ -53,7 +53,8 @@ def source() -> Source:
 
 
 def ids_of(engine: fv.Engine) -> Ids:
-    return {name: greedy_ids(engine, CASES[name]) for name in ASKED}
+    """32 ids a prompt; stop ids are barred, so that all of them are words."""
+    return {name: barred_ids(engine, CASES[name]) for name in ASKED}
 
 
 def load(folder: Path, vision_from: Path | None = None, keep_quantized: bool = False) -> fv.Engine:
