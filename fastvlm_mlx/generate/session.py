@@ -109,9 +109,7 @@ class ChatSession:
             # One token fewer than were seen is certainly in the cache (see `loop.py`).
             if generated:
                 self._held = [*positions, *generated[:-1]]
-                rewind(self._cache, len(self._held))
-            else:
-                rewind(self._cache, len(self._held))
+            rewind(self._cache, len(self._held))
 
     def _rewind_to_common(self, positions: Sequence[Position]) -> int:
         """Cut the cache to the prefix it shares with `positions`, less one; return its length."""
