@@ -17,6 +17,7 @@ from fastvlm_mlx.errors import ConfigError
 TokenMixer = Literal["repmixer", "attention"]
 ProjectorKind = Literal["mlp2x_gelu", "linear"]
 ImageMode = Literal["pad", "crop"]
+QUANT_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 
 
 class _JsonConfig:
@@ -53,6 +54,33 @@ def _decode(hint: Any, value: Any) -> Any:
     return value
 
 
+def _check_types(config: _JsonConfig) -> None:
+    """Raise ConfigError for a field whose value is not of its annotation's type.
+
+    Every number in these configs counts or scales something, so zero and less are wrong too.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        many = typing.get_origin(hint) is tuple
+        kind = typing.get_args(hint)[0] if many else hint
+        if kind not in (int, float, bool):
+            continue
+        if many and not isinstance(value, tuple):
+            raise ConfigError(f"{name} must be a list of {kind.__name__}, not {value!r}")
+        for item in value if many else (value,):
+            if not _is(kind, item):
+                raise ConfigError(f"{name} must be {_EXPECTED[kind]}, not {item!r}")
+
+
+_EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
+
+
+def _is(kind: type, value: object) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int if kind is int else (int, float)) and 0 < value < 2**53
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionConfig(_JsonConfig):
     """FastViTHD: a stem (stride 4), five stages (each but the first halves the size), an expansion.
@@ -78,6 +106,7 @@ class VisionConfig(_JsonConfig):
     image_size: int = 1024
 
     def __post_init__(self) -> None:
+        _check_types(self)
         stages = len(self.layers)
         for name in ("embed_dims", "mlp_ratios", "token_mixers", "pos_embs"):
             if len(getattr(self, name)) != stages:
@@ -125,6 +154,7 @@ class ProjectorConfig(_JsonConfig):
     kind: ProjectorKind = "mlp2x_gelu"
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.kind not in typing.get_args(ProjectorKind):
             raise ConfigError(f"projector {self.kind!r} is not mlp2x_gelu or linear")
 
@@ -145,6 +175,7 @@ class DecoderConfig(_JsonConfig):
     max_positions: int = 8192
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"decoder heads do not divide: hidden {self.hidden_size}, "
@@ -163,6 +194,16 @@ class QuantConfig(_JsonConfig):
     group_size: int
     mode: str = "affine"
     overrides: dict[str, tuple[int, int, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = {"": (self.bits, self.group_size, self.mode), **self.overrides}
+        for path, (bits, group_size, mode) in settings.items():
+            known = isinstance(mode, str) and mode in QUANT_MODES
+            if not (known and _is(int, bits) and _is(int, group_size) and bits <= 8):
+                raise ConfigError(
+                    f"quantization {f'of {path} ' if path else ''}is not supported: "
+                    f"{bits!r} bits, groups of {group_size!r}, {mode!r}"
+                )
 
     def of(self, path: str) -> tuple[int, int, str]:
         """Return (bits, group_size, mode) of the module at this canonical path."""

@@ -128,7 +128,7 @@ def _llava(
 ) -> ModelConfig:
     """Apple's keys, also written by mlx-vlm: Qwen2's and LLaVA's at the root."""
     _check_root(raw)
-    text = raw.get("text_config") or raw
+    text = _object(raw, "text_config") or raw
     vision = vision or _llava_vision(raw)
     decoder = _decoder(text, raw, has_head, vocab_size=text["vocab_size"])
     kind = raw.get("mm_projector_type", "linear")
@@ -149,7 +149,7 @@ def _llava(
 def _fast_vlm(raw: Json, has_head: bool) -> ModelConfig:
     """transformers' keys: `vision_config` for timm, `text_config` for Qwen2."""
     _check_root(raw)
-    source, text = raw["vision_config"], raw["text_config"]
+    source, text = _object(raw, "vision_config"), _object(raw, "text_config")
     if text.get("model_type", "qwen2") != "qwen2":
         raise ConfigError(f"decoder {text['model_type']!r} is not supported: FastVLM's is qwen2")
     architecture = str(source.get("architecture", "")).split(".")[0]
@@ -159,10 +159,10 @@ def _fast_vlm(raw: Json, has_head: bool) -> ModelConfig:
         )
     if raw.get("projector_hidden_act", "gelu") != "gelu":
         raise ConfigError("projector_hidden_act other than gelu is not supported")
-    args = source.get("model_args") or {}
+    args = _object(source, "model_args")
     _refuse_unknown("vision_config.model_args", args, _MODEL_ARGS)
     vision = _vision(args, image_size=_fast_vlm_image_size(raw))
-    rows = text["vocab_size"]
+    rows: int = text["vocab_size"]
     decoder = _decoder(text, raw, has_head, vocab_size=FAST_VLM_VOCABULARY.get(rows, rows))
     return ModelConfig(
         vision=vision,
@@ -192,7 +192,7 @@ def _llava_image_size(raw: Json) -> int:
 def _llava_vision(raw: Json) -> VisionConfig:
     """Tower sizes: mobileclip_l's, unless a `vision_config` (mlx-vlm) spells them out."""
     image_size = _llava_image_size(raw)
-    spelled = raw.get("vision_config") or {}
+    spelled = _object(raw, "vision_config")
     _refuse_unknown("vision_config", spelled, _VISION_KEYS)
     fixed = {"down_patch_size": 7, "down_stride": 2, "repmixer_kernel_size": 3}
     for key, value in fixed.items():
@@ -219,7 +219,7 @@ def _vision(values: Json, *, image_size: int) -> VisionConfig:
 
 
 def _decoder(text: Json, raw: Json, has_head: bool, *, vocab_size: int) -> DecoderConfig:
-    rope = text.get("rope_parameters") or {}
+    rope = _object(text, "rope_parameters")
     if text.get("rope_scaling") or rope.get("rope_type", "default") != "default":
         raise ConfigError("rope_scaling is not supported: no FastVLM decoder has it")
     if text.get("hidden_act", "silu") != "silu":
@@ -243,10 +243,10 @@ def _decoder(text: Json, raw: Json, has_head: bool, *, vocab_size: int) -> Decod
 
 def _quant(raw: Json, rename_module: Callable[[str], str | None]) -> QuantConfig | None:
     """MLX's `quantization`: defaults at its root, a module path's own settings beside them."""
-    values = raw.get("quantization") or raw.get("quantization_config")
+    values = _object(raw, "quantization") or _object(raw, "quantization_config")
     if not values:
         return None
-    mode = values.get("mode", "affine")
+    mode: str = values.get("mode", "affine")
     overrides = {}
     for path, own in values.items():
         if not isinstance(own, dict):
@@ -292,6 +292,14 @@ def _check_root(raw: Json) -> None:
         )
     if unknown:
         log.warning("config.json: passing over unknown keys %s", ", ".join(sorted(unknown)))
+
+
+def _object(values: Json, key: str) -> Json:
+    """Return the object at a key, an empty one if it is absent or null."""
+    found = values.get(key)
+    if not isinstance(found, Mapping | None):
+        raise ConfigError(f"config.json: {key} must be an object, not {found!r}")
+    return found or {}
 
 
 def _refuse_unknown(where: str, values: Json, known: frozenset[str]) -> None:

@@ -216,8 +216,9 @@ def _read_prompt(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise PromptError(f"{file} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise PromptError(f"{file} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PromptError(f"{file} cannot be read: {reason}") from error
 
 
 def _pictures(
