@@ -70,7 +70,7 @@ def apple_folder(folder: Path, size: str, form: str) -> Path:
         "rope_parameters": {"rope_theta": 1e6},
         "vocab_size": rows,
     }
-    args = {"embed_dims": [], "layers": []}
+    args: dict[str, list[int]] = {"embed_dims": [], "layers": []}
     vision = {"hidden_size": 3072, "model_args": args}
     source = {"image_seq_length": 256, "text_config": text, "vision_config": vision}
     config = source_folders.apple_config(Source({}, source, DEMO))
