@@ -8,7 +8,7 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
-IMAGE ?= examples/images/four_green_stars.png
+IMAGE ?= examples/images/four_stars_and_a_triangle.png
 QUESTION ?= How many stars are there?
 
 # On Linux the MLX backend is an extra; on macOS MLX brings Metal itself.
