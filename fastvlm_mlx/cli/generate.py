@@ -10,14 +10,14 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastvlm_mlx.cli import stats as stats_table
 from fastvlm_mlx.cli.console import Console
+from fastvlm_mlx.cli.inputs import read_pictures, read_prompt
 from fastvlm_mlx.cli.interrupt import Interrupt
 from fastvlm_mlx.cli.options import (
     Command,
@@ -27,7 +27,6 @@ from fastvlm_mlx.cli.options import (
     model_option,
     option,
 )
-from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.events import Finished, Generation, GenerationEvent
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM
 from fastvlm_mlx.sampling import Sampling
@@ -69,7 +68,12 @@ _TERMINAL_SAFE = {code: "�" for code in (*range(32), *range(127, 160)) if chr(
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
 )
-@option("Model", "--memory-limit", type=Size(), help="Take no more memory than this, e.g. 8GB.")
+@option(
+    "Model",
+    "--memory-limit",
+    type=Size(),
+    help="Refuse a model that needs more memory than this, e.g. 8GB.",
+)
 @option(
     "Model",
     "--keep-quantized",
@@ -96,11 +100,31 @@ _TERMINAL_SAFE = {code: "�" for code in (*range(32), *range(127, 160)) if chr(
     help="0 takes the likeliest token each time; higher is more varied.",
 )
 @option(
-    "Answer", "--top-p", metavar="X", type=float, default=1.0, show_default=True, help="1 is off."
+    "Answer",
+    "--top-p",
+    metavar="X",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Keep the likeliest tokens that make up this probability; 1 is off.",
 )
-@option("Answer", "--top-k", metavar="N", type=int, default=0, show_default=True, help="0 is off.")
 @option(
-    "Answer", "--min-p", metavar="X", type=float, default=0.0, show_default=True, help="0 is off."
+    "Answer",
+    "--top-k",
+    metavar="N",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Keep this many of the likeliest tokens; 0 is off.",
+)
+@option(
+    "Answer",
+    "--min-p",
+    metavar="X",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Keep tokens at least this likely beside the likeliest; 0 is off.",
 )
 @option(
     "Answer",
@@ -158,10 +182,10 @@ def command(
     if "" in given["stop"]:
         raise click.UsageError("--stop must not be empty")
     sampling = _sampling(given)
-    question = _prompt(prompt, prompt_file, bool(images))
+    question = read_prompt(prompt, prompt_file, has_images=bool(images))
     if images:
         console.start("Reading the picture" if len(images) == 1 else "Reading the pictures")
-    pictures = _pictures(images, given["background"], asked=question is not None)
+    pictures = read_pictures(images, given["background"], asked=question is not None)
     model = chosen_model(model, console)
     console.start(f"Loading {model}")
     engine = _load(model, given, console)
@@ -195,58 +219,6 @@ def _sampling(given: dict[str, Any]) -> Sampling:
     if sampling.greedy and (given["top_p"], given["top_k"], given["min_p"]) != (1.0, 0, 0.0):
         log.warning("--top-p, --top-k and --min-p do nothing without --temperature")
     return sampling
-
-
-def _prompt(prompt: str | None, file: str | None, has_images: bool) -> str | None:
-    """Return the prompt given, None if it is to be the default one."""
-    if prompt is not None and file is not None:
-        raise click.UsageError("--prompt and --prompt-file are two prompts: give one")
-    if file is not None:
-        prompt = _read_prompt(Path(file))
-    if prompt is None and not has_images:
-        raise click.UsageError("give a picture, or a question with -p")
-    if prompt is not None and not prompt.strip():
-        raise PromptError(f"{file} is empty" if file is not None else "the prompt is empty")
-    return prompt
-
-
-def _read_prompt(file: Path) -> str:
-    """Return a text file's content without its last line's end."""
-    try:
-        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file} is not UTF-8 text (byte {error.start})") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PromptError(f"{file} cannot be read: {reason}") from error
-
-
-def _pictures(
-    sources: Sequence[str], background: tuple[int, int, int], *, asked: bool
-) -> list[bytes]:
-    """Return the encoded bytes of each picture, each decoded once to see that it can be.
-
-    The engine decodes them again, so that its time to the first token includes that.
-    """
-    if not sources:
-        return []
-    from fastvlm_mlx.prompt.image import open_image
-    from fastvlm_mlx.prompt.sources import read_bytes, source_name
-
-    if sources.count("-") > 1:
-        raise click.UsageError("standard input (-) holds one picture")
-    pictures = []
-    for source in sources:
-        log.info("reading %s", source_name(source))
-        try:
-            data = read_bytes(source)
-        except ImageError as error:
-            if not asked and " " in source.strip():
-                raise ImageError(f"{error}; if it is the question, put -p before it") from error
-            raise
-        open_image(data, background=background, name=source_name(source))
-        pictures.append(data)
-    return pictures
 
 
 def _load(model: str, given: dict[str, Any], console: Console) -> Engine:

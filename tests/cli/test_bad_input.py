@@ -291,6 +291,11 @@ def test_a_model_that_is_not_there_is_refused(
     assert not (tmp_path / "out.png").exists()
 
 
+def test_an_odd_name_cannot_command_the_terminal(run: Run) -> None:
+    message = run("generate", "-p", "hi", "--model", "./\x1b[2J\n\u202ename").refused()
+    assert "./?[2J ?name" in message
+
+
 def test_a_file_given_as_model_is_refused(run: Run, model: Path) -> None:
     assert "give the folder it is in" in ask(run, model / "model.safetensors").refused()
 

@@ -214,6 +214,7 @@ def hub() -> HubServer:
     server.close()
 
 
+@pytest.mark.slow
 def test_a_hub_name_is_downloaded_with_its_size_said_first(
     run: Run, hub: HubServer, red_circle: Path, tmp_path: Path
 ) -> None:
