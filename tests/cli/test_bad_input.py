@@ -17,9 +17,10 @@ import pytest
 import quantizing
 import source_folders
 import sources
-from conftest import DEMO, Ran, Run, edit_json, spawn, wait
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+
+from tests.cli.command import DEMO, Ran, Run, edit_json, spawn, wait
 
 Tensors = dict[str, np.ndarray]
 

@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import Run, spawn, wait
 from hub_server import HubServer, repo
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.events import Stats
+from tests.cli.command import Run, spawn, wait
 
 DEMO = ("--model", "demo")
 QUESTION = ("-p", "What is this?")
@@ -206,7 +206,7 @@ def test_dtype_device_and_memory_limit_are_heard(run: Run) -> None:
 
 @pytest.fixture
 def hub() -> HubServer:
-    from conftest import DEMO as FOLDER
+    from tests.cli.command import DEMO as FOLDER
 
     files = {file.name: file.read_bytes() for file in FOLDER.iterdir() if file.is_file()}
     server = HubServer({"org/demo": repo(files)})

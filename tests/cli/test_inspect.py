@@ -14,10 +14,10 @@ import pytest
 import quantizing
 import source_folders
 import sources
-from conftest import COMMAND, DEMO, TESTS, Run, copy_of_demo
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
+from tests.cli.command import COMMAND, DEMO, TESTS, Run, copy_of_demo
 
 
 def facts(run: Run, *words: object) -> dict[str, Any]:

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Ran, Run, spawn, wait
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli.interrupt import Interrupt
+from tests.cli.command import Ran, Run, spawn, wait
 
 ESC = "\x1b"
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Run, edit_json
 from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.model.fastvlm import pixel_digest
 from fastvlm_mlx.prompt.image import fit, open_image
+from tests.cli.command import Run, edit_json
 
 
 @pytest.fixture
