@@ -7,7 +7,7 @@ that loaded it, since MLX's arrays belong to that thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,7 +21,14 @@ from fastvlm_mlx.config import ImageMode, ModelConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.events import Generation, GenerationEvent
 from fastvlm_mlx.generate.loop import score_ids
-from fastvlm_mlx.generate.pipeline import AnswerOptions, Clock, ImageOptions, Picture, Pipeline
+from fastvlm_mlx.generate.pipeline import (
+    AnswerOptions,
+    Clock,
+    ImageOptions,
+    Picture,
+    Pipeline,
+    listed,
+)
 from fastvlm_mlx.generate.session import ChatSession, collect
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.image import ImageSource
@@ -137,21 +144,19 @@ class Engine:
         `profile` fences the stages and times them instead of TTFT. `cancelled` is asked after
         each token. Raises PromptError, ImageError, FetchError, ConfigError or FastVLMError.
         """
-        _check_beams(num_beams, sampling, logprobs)
-        clock = Clock(profile)
-        mx.reset_peak_memory()
-        image_options = ImageOptions(
-            resolution=resolution, image_mode=image_mode, background=background
-        )
-        rendered, embeddings = self._prepare(prompt, images, system, image_options, clock)
         options = AnswerOptions(
             sampling=sampling,
             max_tokens=max_tokens,
-            stop=tuple(stop),
+            stop=stop,
             logprobs=logprobs,
             num_beams=num_beams,
             cancelled=cancelled,
         )
+        clock = self.pipeline.start_clock(profile=profile)
+        image_options = ImageOptions(
+            resolution=resolution, image_mode=image_mode, background=background
+        )
+        rendered, embeddings = self._prepare(prompt, images, system, image_options, clock)
         cache = self.pipeline.model.decoder.make_cache()
         yield from self.pipeline.answer(embeddings, cache, rendered, options, clock)
 
@@ -187,7 +192,7 @@ class Engine:
         clock: Clock,
     ) -> tuple[Prompt, mx.array]:
         """Dispatch the pictures, then tokenize and splice; return the prompt and its embeddings."""
-        encoded = [self.pipeline.encode(picture, options, clock) for picture in images]
+        encoded = [self.pipeline.encode(picture, options, clock) for picture in listed(images)]
         rendered = self.pipeline.processor.prompt(
             [Message("system", (system,)), user_message(prompt, len(encoded))]
         )
@@ -210,8 +215,8 @@ def load(
     `dtype` is float32, bfloat16 or float16; by default bfloat16 on a GPU and float32 on a CPU,
     whose half-precision matrix products are slow. `device` is "cpu" or "gpu", by default MLX's
     choice. On a CPU quantized weights are dequantized while they fit in memory, since its
-    quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit` in
-    bytes bounds what the model may take. `vision_from` names the model that holds the tower, for
+    quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit`
+    refuses a model whose weights need more bytes. `vision_from` names the model that holds the tower, for
     exports without one. `say` gets lines for the user; `progress` gets (bytes so far, bytes in
     all, what: "Downloading FILE" or "Loading weights"), perhaps from another thread.
 
@@ -233,8 +238,6 @@ def load(
     dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit, say)
     needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
     require_memory(needed, limit=memory_limit, what=str(model))
-    if memory_limit is not None:
-        mx.set_memory_limit(memory_limit)
     network = load_model(
         checkpoint, kind, dequantize=dequantize, progress=_named("Loading weights", progress)
     )
@@ -268,14 +271,3 @@ def _dequantize(
     if not fits and say is not None:
         say("not enough memory to dequantize: weights stay quantized, which is slow on a CPU")
     return fits
-
-
-def _check_beams(num_beams: int, sampling: Sampling, logprobs: bool) -> None:
-    if num_beams < 1:
-        raise FastVLMError(f"num_beams must be >= 1, not {num_beams}")
-    if num_beams > 1 and not sampling.greedy:
-        raise FastVLMError("beam search takes no temperature: leave out one of the two")
-    if num_beams > 1 and sampling != replace(GREEDY, seed=sampling.seed):
-        raise FastVLMError("beam search takes no sampling options")
-    if num_beams > 1 and logprobs:
-        raise FastVLMError("beam search gives no log-probabilities per token")

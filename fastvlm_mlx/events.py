@@ -17,7 +17,9 @@ class Stats:
 
     The four stage times are None unless the call was profiled (each stage is then fenced, which
     slows the whole down). `ttft_ms` is from the call to the first token id on the host, unfenced;
-    it is None in a profiled run. `decode_tps` is tokens per second after the first.
+    it is None in a profiled run, and in a process's first call it includes warm-up. `decode_tps`
+    is tokens per second after the first. A beam search knows its first token only at its end:
+    `ttft_ms` and `prefill_ms` are then the whole search's, `decode_tps` is None.
     """
 
     preprocess_ms: float | None
@@ -34,7 +36,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text, always whole characters, and the token ids that completed it."""
+    """One token's id and the text that became certain with it: whole characters, often none."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -5,17 +5,24 @@ holds; only what comes after the longest common prefix is prefilled. Positions a
 what they are: a token id, or one row of a picture with a given digest. So a picture counts as its
 256 positions, another picture in its place is no match, and warm answers equal cold ones.
 
-Knows no terminal and no files. State changes only at the end of a whole turn.
+Knows no terminal and no files. The transcript changes only at the end of a whole turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 
-from fastvlm_mlx.events import Finished, Generation, GenerationEvent, TextDelta
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.events import Finished, Generation, GenerationEvent
 from fastvlm_mlx.generate.loop import rewind
-from fastvlm_mlx.generate.pipeline import AnswerOptions, Clock, ImageOptions, Picture, Pipeline
+from fastvlm_mlx.generate.pipeline import (
+    AnswerOptions,
+    ImageOptions,
+    Picture,
+    Pipeline,
+    listed,
+)
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.processor import ImageSlot, Prompt, Segment, TextIds
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
@@ -25,11 +32,16 @@ from fastvlm_mlx.sampling import GREEDY, Sampling
 Position = int | tuple[str, int]
 
 
-class ChatSession:
-    """One conversation. Use it from one thread; it is not shared.
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message and the pictures in its slots."""
 
-    `messages` is the transcript so far, whole turns only.
-    """
+    message: Message
+    images: tuple[EncodedImage, ...] = ()
+
+
+class ChatSession:
+    """One conversation. Use it from one thread, one answer at a time."""
 
     def __init__(
         self,
@@ -39,11 +51,26 @@ class ChatSession:
         system: str = DEFAULT_SYSTEM,
     ) -> None:
         self.sampling = sampling
-        self.messages: tuple[Message, ...] = (Message("system", (system,)),)
         self._pipeline = pipeline
-        self._images: tuple[EncodedImage, ...] = ()
+        self._turns: tuple[Turn, ...] = (Turn(Message("system", (system,))),)
         self._cache = pipeline.model.decoder.make_cache()
         self._held: list[Position] = []
+        self._answering = False
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The transcript: the system message, then whole turns of question and answer."""
+        return tuple(turn.message for turn in self._turns)
+
+    def rewind(self, turns: int = 1) -> None:
+        """Forget the last questions and their answers; what stays is not computed again.
+
+        Raises PromptError if there are fewer.
+        """
+        past = len(self._turns) // 2
+        if not 0 <= turns <= past:
+            raise PromptError(f"cannot go back {turns} turns: the conversation has {past}")
+        self._turns = self._turns[: len(self._turns) - 2 * turns]
 
     def ask(
         self,
@@ -68,48 +95,56 @@ class ChatSession:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         profile: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Generator[GenerationEvent, None, None]:
         """Yield the answer to `text` and `images` after the turns so far.
 
-        `sampling` overrides the session's for this turn. If the generator is closed early or an
-        error is raised, the transcript stays at the last whole turn. Raises PromptError if the
-        conversation no longer fits the model's context.
+        `sampling` overrides the session's for this turn. If the answer is cancelled, the generator
+        closed early or an error raised, the transcript stays at the last whole turn. Raises
+        PromptError if the conversation no longer fits the model's context, or while another answer
+        of this session is being read; ImageError or FetchError for a picture.
         """
-        clock = Clock(profile)
-        pipeline = self._pipeline
-        encoded = tuple(pipeline.encode(picture, ImageOptions(), clock) for picture in images)
-        turn, all_images = user_message(text, len(encoded)), (*self._images, *encoded)
-        prompt = pipeline.processor.prompt([*self.messages, turn])
-        positions = _positions(prompt, all_images)
-        pipeline.require_room(len(positions))
-        reused = self._rewind_to_common(positions)
-        suffix, suffix_images = _after(prompt, all_images, reused)
+        if self._answering:
+            raise PromptError("this conversation's last answer is still being read: close it first")
         options = AnswerOptions(
-            sampling=sampling or self.sampling, max_tokens=max_tokens, stop=tuple(stop)
+            sampling=sampling or self.sampling,
+            max_tokens=max_tokens,
+            stop=stop,
+            cancelled=cancelled,
         )
+        pictures = listed(images)
+        pipeline, finished = self._pipeline, None
+        self._answering = True
         generated: list[int] = []
         answer = ""
         try:
+            clock = pipeline.start_clock(profile=profile)
+            encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in pictures)
+            turn = Turn(user_message(text, len(encoded)), encoded)
+            all_images = [image for t in (*self._turns, turn) for image in t.images]
+            prompt = pipeline.processor.prompt([*self.messages, turn.message])
+            positions = _positions(prompt, all_images)
+            pipeline.require_room(len(positions))
+            reused = self._rewind_to_common(positions)
+            embeddings = pipeline.embed(*_after(prompt, all_images, reused))
             for event in pipeline.answer(
-                pipeline.embed(suffix, suffix_images),
-                self._cache,
-                prompt,
-                options,
-                clock,
-                reused=reused,
-                on_token=generated.append,
+                embeddings, self._cache, prompt, options, clock, reused, generated.append
             ):
-                if isinstance(event, TextDelta):
-                    answer += event.text
+                if isinstance(event, Finished):
+                    finished = event
                 else:
-                    self.messages = (*self.messages, turn, Message("assistant", (answer,)))
-                    self._images = all_images
-                yield event
+                    answer += event.text
+                    yield event
         finally:
             # One token fewer than were seen is certainly in the cache (see `loop.py`).
             if generated:
                 self._held = [*positions, *generated[:-1]]
             rewind(self._cache, len(self._held))
+            self._answering = False
+        assert finished is not None
+        if finished.finish_reason != "cancelled":
+            self._turns = (*self._turns, turn, Turn(Message("assistant", (answer,))))
+        yield finished
 
     def _rewind_to_common(self, positions: Sequence[Position]) -> int:
         """Cut the cache to the prefix it shares with `positions`, less one; return its length."""

@@ -86,6 +86,11 @@ def open_image(
         raise _broken(name, error) from error
 
 
+def is_source(value: object) -> bool:
+    """Whether `value` is of a kind `open_image` takes, so one picture rather than several."""
+    return isinstance(value, (str, os.PathLike, bytes, Image.Image, np.ndarray))
+
+
 def fit(image: Image.Image, size: int, mode: ImageMode) -> np.ndarray:
     """Return uint8 [size, size, 3] of an RGB image, bit-equal to the PIL-backed reference.
 

@@ -200,6 +200,11 @@ def test_an_answer_ends_where_the_context_ends(engine: fv.Engine) -> None:
         ({"num_beams": 2, "sampling": fv.Sampling(temperature=1)}, "temperature"),
         ({"num_beams": 2, "logprobs": True}, "log-probabilities"),
         ({"resolution": 100, "images": [picture(1)]}, "multiple of 64"),
+        ({"resolution": 0, "images": [picture(1)]}, "multiple of 64"),
+        ({"image_mode": "stretch", "images": [picture(1)]}, "not pad or crop"),
+        ({"images": "photo.jpg"}, "list of pictures"),
+        ({"images": picture(1)}, "list of pictures"),
+        ({"stop": "xyz"}, "list of strings"),
     ],
 )
 def test_options_that_make_no_sense_are_one_line(
@@ -220,6 +225,7 @@ def test_beams_give_an_answer_that_ends(engine: fv.Engine) -> None:
     answer = engine.generate("What is this?", images=[picture(1)], num_beams=3, max_tokens=20)
     assert answer.token_ids
     assert answer.finish_reason in ("stop", "length")
+    assert answer.stats.decode_tps is None  # the ids come all at once
 
 
 def test_load_refuses_what_it_cannot_do(tmp_path: Path) -> None:
@@ -276,3 +282,12 @@ def test_profiling_waits_and_not_profiling_does_not(engine: fv.Engine) -> None:
     clock = Clock(profile=False)
     engine.pipeline.encode(picture(1), ImageOptions(), clock)
     assert clock.stage("vision") is None
+
+
+def test_peak_memory_is_that_of_the_call(engine: fv.Engine) -> None:
+    """A chat's first answer reported the peak of loading."""
+    engine.encode(picture(1), resolution=512)
+    once = engine.generate("What is this?", images=[picture(1)], max_tokens=2).stats.peak_bytes
+    engine.encode(picture(1), resolution=512)
+    chat = engine.chat().ask("What is this?", [picture(1)], max_tokens=2).stats.peak_bytes
+    assert chat < 1.5 * once

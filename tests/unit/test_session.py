@@ -73,12 +73,60 @@ def test_another_picture_in_the_same_place_is_not_the_same_prefix(engine: fv.Eng
     """With one key for every picture the second answer would be about the first picture."""
     chat = engine.chat()
     chat.ask("What is this?", [picture(1)], max_tokens=5)
-    chat.messages = chat.messages[:1]
-    chat._images = ()
+    chat.rewind()
     other = chat.ask("What is this?", [picture(2)], max_tokens=5)
-    before_picture = chat._pipeline.processor.prompt([*chat.messages[:1]])
+    before_picture = engine.pipeline.processor.prompt([*chat.messages[:1]])
     assert other.stats.reused_tokens <= len(before_picture.text_ids) + 2
     assert other.token_ids == cold_ids(engine, chat.messages[:-1], [picture(2)], 5)
+
+
+def test_a_question_edited_or_asked_again_is_answered_as_if_first(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    chat.ask("What is this?", [picture(1)], max_tokens=6)
+    first = chat.ask("Which colour is it?", max_tokens=6)
+    chat.rewind()
+    assert chat.ask("Which colour is it?", max_tokens=6).token_ids == first.token_ids
+    chat.rewind()
+    edited = chat.ask("Which shape is it?", max_tokens=6)
+    assert edited.token_ids == cold_ids(engine, chat.messages[:-1], [picture(1)], 6)
+    assert edited.stats.reused_tokens > 16
+    chat.rewind(2)
+    assert len(chat.messages) == 1
+    with pytest.raises(PromptError, match="has 0"):
+        chat.rewind()
+
+
+def test_two_answers_at_once_are_refused(engine: fv.Engine) -> None:
+    """Interleaved, both would write into one cache."""
+    chat = engine.chat()
+    first = chat.stream("Hello", max_tokens=8)
+    next(first)
+    with pytest.raises(PromptError, match="still being read"):
+        chat.ask("And you?")
+    first.close()
+    after = chat.ask("And you?", max_tokens=6)
+    assert after.token_ids == cold_ids(engine, chat.messages[:-1], [], 6)
+
+
+def test_a_stream_left_at_its_end_and_closed_late_changes_nothing(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    late = chat.stream("What is this?", [picture(1)], max_tokens=6)
+    for event in late:
+        if isinstance(event, fv.Finished):
+            break
+    chat.ask("Which colour?", max_tokens=6)
+    late.close()
+    third = chat.ask("Where?", max_tokens=6)
+    assert third.token_ids == cold_ids(engine, chat.messages[:-1], [picture(1)], 6)
+
+
+def test_a_cancelled_answer_leaves_the_last_whole_turn(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    before = chat.messages
+    events = list(chat.stream("Hello", max_tokens=8, cancelled=lambda: True))
+    assert isinstance(events[-1], fv.Finished)
+    assert events[-1].finish_reason == "cancelled"
+    assert chat.messages == before
 
 
 def test_a_picture_stays_in_the_turn_where_it_was_given(engine: fv.Engine) -> None:
