@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +22,28 @@ os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The engine's CPU policy for tests that call the model directly: no compiler is ever run."""
+    if sys.platform == "linux" and shutil.which("g++") is None:
+        _let_mlx_trace_compiled_functions()
     from fastvlm_mlx.backend import select_device
 
     select_device()
+
+
+def _let_mlx_trace_compiled_functions() -> None:
+    """Answer MLX's question, asked once a process, whether this machine has a g++ with yes.
+
+    Without one it does not even trace `mx.compile` on a CPU, and tests could not count in the graph
+    what a GPU runs. The answer is all there is: what tried to run such a graph would raise.
+    """
+    import mlx.core as mx
+
+    path = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory() as folder:
+        compiler = Path(folder) / "g++"
+        compiler.write_text('#!/bin/sh\n[ "$1" = --version ]\n')
+        compiler.chmod(0o755)
+        os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
+        try:
+            mx.compile(lambda x: x + x)(mx.zeros(1))
+        finally:
+            os.environ["PATH"] = path
