@@ -216,9 +216,9 @@ def load(
     whose half-precision matrix products are slow. `device` is "cpu" or "gpu", by default MLX's
     choice. On a CPU quantized weights are dequantized while they fit in memory, since its
     quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit`
-    refuses a model whose weights need more bytes. `vision_from` names the model that holds the tower, for
-    exports without one. `say` gets lines for the user; `progress` gets (bytes so far, bytes in
-    all, what: "Downloading FILE" or "Loading weights"), perhaps from another thread.
+    refuses a model whose weights need more bytes. `vision_from` names the model that holds the
+    tower, for exports without one. `say` gets lines for the user; `progress` gets (bytes so far,
+    bytes in all, what: "Downloading FILE" or "Loading weights"), perhaps from another thread.
 
     Raises a FastVLMError, one line, for anything wrong with names, files or memory.
     """
