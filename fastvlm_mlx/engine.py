@@ -20,15 +20,10 @@ from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
 from fastvlm_mlx.config import ImageMode, ModelConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.events import Generation, GenerationEvent
+from fastvlm_mlx.generate.clock import Clock
 from fastvlm_mlx.generate.loop import score_ids
-from fastvlm_mlx.generate.pipeline import (
-    AnswerOptions,
-    Clock,
-    ImageOptions,
-    Picture,
-    Pipeline,
-    listed,
-)
+from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
+from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.generate.session import ChatSession, collect
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.image import ImageSource

@@ -11,92 +11,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import get_args
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
-from fastvlm_mlx.config import ImageMode
-from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError, PromptError
-from fastvlm_mlx.events import Finished, FinishReason, GenerationEvent, Stats, TextDelta
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.events import Finished, FinishReason, GenerationEvent, TextDelta
 from fastvlm_mlx.generate.beam import beam_search
+from fastvlm_mlx.generate.clock import Clock, Meter
 from fastvlm_mlx.generate.loop import Step, generate_ids
+from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture
 from fastvlm_mlx.model.fastvlm import EncodedImage, FastVLM, pixel_digest
 from fastvlm_mlx.model.mlx_lm_parts import KVCache
-from fastvlm_mlx.prompt.image import ImageSource, is_source
 from fastvlm_mlx.prompt.processor import Processor, Prompt, TextIds
 from fastvlm_mlx.prompt.tokenizer import TextStream
-from fastvlm_mlx.sampling import GREEDY, Sampling
-
-Picture = ImageSource | EncodedImage
-
-
-def listed(images: Sequence[Picture]) -> tuple[Picture, ...]:
-    """Return the pictures; raise ImageError for one given by itself, whose parts look like many."""
-    if isinstance(images, EncodedImage) or is_source(images):
-        raise ImageError("images takes a list of pictures: write images=[...]")
-    return tuple(images)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImageOptions:
-    """How a picture becomes pixels; None takes the model's own size in pixels and mode."""
-
-    resolution: int | None = None
-    image_mode: ImageMode | None = None
-    background: tuple[int, int, int] = (255, 255, 255)
-
-    def __post_init__(self) -> None:
-        if self.image_mode not in (None, *get_args(ImageMode)):
-            raise ConfigError(f"image mode {self.image_mode!r} is not pad or crop")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerOptions:
-    """How an answer is generated. `cancelled` is asked after each token.
-
-    Raises FastVLMError for options that make no sense, alone or together.
-    """
-
-    sampling: Sampling = GREEDY
-    max_tokens: int = 256
-    stop: Sequence[str] = ()
-    logprobs: bool = False
-    num_beams: int = 1
-    cancelled: Callable[[], bool] = lambda: False
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise FastVLMError(f"max_tokens must be >= 1, not {self.max_tokens}")
-        if isinstance(self.stop, str):
-            raise FastVLMError("stop takes a list of strings: write stop=[...]")
-        if self.num_beams < 1:
-            raise FastVLMError(f"num_beams must be >= 1, not {self.num_beams}")
-        if self.num_beams > 1 and not self.sampling.greedy:
-            raise FastVLMError("beam search takes no temperature: leave out one of the two")
-        if self.num_beams > 1 and self.sampling != replace(GREEDY, seed=self.sampling.seed):
-            raise FastVLMError("beam search takes no sampling options")
-        if self.num_beams > 1 and self.logprobs:
-            raise FastVLMError("beam search gives no log-probabilities per token")
-
-
-@dataclass(slots=True)
-class Clock:
-    """When a call began, and what its profiled stages took in milliseconds."""
-
-    profile: bool
-    start: float = field(default_factory=time.perf_counter)
-    stage_ms: dict[str, float] = field(default_factory=dict)
-
-    def add(self, stage: str, since: float) -> None:
-        """Add the time from `since` until now to a stage."""
-        elapsed = (time.perf_counter() - since) * 1000
-        self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + elapsed
-
-    def stage(self, name: str) -> float | None:
-        """Return a stage's time; None if the call was not profiled."""
-        return self.stage_ms.get(name, 0.0) if self.profile else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +129,7 @@ class Pipeline:
         positions = reused + embeddings.shape[1]
         room = self.require_room(positions)
         text = TextStream(self.processor.tokenizer, tuple(options.stop), self.stop_ids)
-        meter = _Meter(clock, positions, reused, streams=options.num_beams == 1)
+        meter = Meter(clock, positions, reused, streams=options.num_beams == 1)
         since = time.perf_counter()
         if options.num_beams > 1:
             steps = self._beams(embeddings, options, room)
@@ -255,35 +184,3 @@ def _delta(text: str, steps: Sequence[Step]) -> TextDelta:
         tuple(step.token_id for step in steps),
         tuple(step.logprob for step in steps if step.logprob is not None),
     )
-
-
-class _Meter:
-    """Counts tokens and keeps the times of the first and the latest."""
-
-    def __init__(self, clock: Clock, positions: int, reused: int, *, streams: bool) -> None:
-        self.clock, self.positions, self.reused, self.streams = clock, positions, reused, streams
-        self.count = 0
-        self.first = self.latest = 0.0
-
-    def token(self, prefill_start: float) -> None:
-        self.latest = time.perf_counter()
-        if self.count == 0:
-            self.first = self.latest
-            self.clock.add("prefill", prefill_start)
-        self.count += 1
-
-    def stats(self) -> Stats:
-        clock, seconds = self.clock, self.latest - self.first
-        timed = self.streams and self.count > 1 and seconds > 0
-        return Stats(
-            preprocess_ms=clock.stage("preprocess"),
-            vision_ms=clock.stage("vision"),
-            projector_ms=clock.stage("projector"),
-            prefill_ms=clock.stage("prefill"),
-            ttft_ms=None if clock.profile else (self.first - clock.start) * 1000,
-            decode_tps=(self.count - 1) / seconds if timed else None,
-            prompt_tokens=self.positions,
-            reused_tokens=self.reused,
-            generated_tokens=self.count,
-            peak_bytes=mx.get_peak_memory(),
-        )

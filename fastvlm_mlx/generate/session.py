@@ -16,13 +16,8 @@ from dataclasses import dataclass, replace
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.events import Finished, Generation, GenerationEvent
 from fastvlm_mlx.generate.loop import rewind
-from fastvlm_mlx.generate.pipeline import (
-    AnswerOptions,
-    ImageOptions,
-    Picture,
-    Pipeline,
-    listed,
-)
+from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
+from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.processor import ImageSlot, Prompt, Segment, TextIds
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message

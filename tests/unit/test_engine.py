@@ -12,7 +12,8 @@ from PIL import Image
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.errors import ConfigError, FastVLMError, MemoryLimitError, PromptError
-from fastvlm_mlx.generate.pipeline import Clock, ImageOptions
+from fastvlm_mlx.generate.clock import Clock
+from fastvlm_mlx.generate.options import ImageOptions
 from fastvlm_mlx.model.fastvlm import pixel_digest
 from fastvlm_mlx.prompt.processor import ImageSlot, Prompt, TextIds
 from fastvlm_mlx.prompt.template import IMAGE, Message, user_message

@@ -1,0 +1,65 @@
+"""The times of one call: its stages if it is profiled, its first and its latest token.
+
+Knows seconds and counts; what a stage is, and where it is fenced, is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from fastvlm_mlx.events import Stats
+
+
+@dataclass(slots=True)
+class Clock:
+    """When a call began, and what its profiled stages took in milliseconds."""
+
+    profile: bool
+    start: float = field(default_factory=time.perf_counter)
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, since: float) -> None:
+        """Add the time from `since` until now to a stage."""
+        elapsed = (time.perf_counter() - since) * 1000
+        self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + elapsed
+
+    def stage(self, name: str) -> float | None:
+        """Return a stage's time; None if the call was not profiled."""
+        return self.stage_ms.get(name, 0.0) if self.profile else None
+
+
+class Meter:
+    """Counts tokens and keeps the times of the first and the latest."""
+
+    def __init__(self, clock: Clock, positions: int, reused: int, *, streams: bool) -> None:
+        self.clock, self.positions, self.reused, self.streams = clock, positions, reused, streams
+        self.count = 0
+        self.first = self.latest = 0.0
+
+    def token(self, prefill_start: float) -> None:
+        """Count a token that has just reached the host."""
+        self.latest = time.perf_counter()
+        if self.count == 0:
+            self.first = self.latest
+            self.clock.add("prefill", prefill_start)
+        self.count += 1
+
+    def stats(self) -> Stats:
+        """Return what the call has taken so far."""
+        clock, seconds = self.clock, self.latest - self.first
+        timed = self.streams and self.count > 1 and seconds > 0
+        return Stats(
+            preprocess_ms=clock.stage("preprocess"),
+            vision_ms=clock.stage("vision"),
+            projector_ms=clock.stage("projector"),
+            prefill_ms=clock.stage("prefill"),
+            ttft_ms=None if clock.profile else (self.first - clock.start) * 1000,
+            decode_tps=(self.count - 1) / seconds if timed else None,
+            prompt_tokens=self.positions,
+            reused_tokens=self.reused,
+            generated_tokens=self.count,
+            peak_bytes=mx.get_peak_memory(),
+        )
