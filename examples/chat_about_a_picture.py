@@ -10,7 +10,7 @@ QUESTIONS = ("Describe the image.", "What shape is on the left?", "What colour i
 def main() -> None:
     engine = fv.load("demo")
     chat = engine.chat()
-    images = [engine.encode("examples/images/three_shapes.png")]
+    images = [engine.encode("examples/images/three_shapes_landscape.png")]
     for question in QUESTIONS:
         print(f"> {question}")
         for event in chat.stream(question, images=images):
