@@ -7,6 +7,7 @@ Sizes of the presets: apple/ml-fastvlm's mobileclip_l_1024.json and mci.py, Qwen
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import types
 import typing
 from dataclasses import dataclass, field
@@ -17,7 +18,14 @@ from fastvlm_mlx.errors import ConfigError
 TokenMixer = Literal["repmixer", "attention"]
 ProjectorKind = Literal["mlp2x_gelu", "linear"]
 ImageMode = Literal["pad", "crop"]
-QUANT_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+# What `mx.quantize` takes (measured on mlx 0.32.4): mode → (bits, group sizes).
+QUANT_MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 
 class _JsonConfig:
@@ -68,16 +76,24 @@ def _check_types(config: _JsonConfig) -> None:
         if many and not isinstance(value, tuple):
             raise ConfigError(f"{name} must be a list of {kind.__name__}, not {value!r}")
         for item in value if many else (value,):
-            if not _is(kind, item):
-                raise ConfigError(f"{name} must be {_EXPECTED[kind]}, not {item!r}")
+            if not is_kind(kind, item):
+                raise ConfigError(f"{name} must be {KINDS[kind]}, not {item!r}")
 
 
-_EXPECTED = {int: "a whole number above 0", float: "a number above 0", bool: "true or false"}
+KINDS: dict[type, str] = {
+    int: "a whole number above 0",
+    float: "a number above 0",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
-def _is(kind: type, value: object) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
+def is_kind(kind: type, value: object) -> bool:
+    """Whether a JSON value is what `KINDS` calls its kind; numbers are sizes, so above 0."""
+    if isinstance(value, bool) or kind not in (int, float):
+        return isinstance(value, kind) and (kind is bool) == isinstance(value, bool)
     return isinstance(value, int if kind is int else (int, float)) and 0 < value < 2**53
 
 
@@ -113,8 +129,11 @@ class VisionConfig(_JsonConfig):
                 raise ConfigError(f"vision {name} needs {stages} entries, one a stage")
         if stages != 5:
             raise ConfigError(f"FastViTHD has five stages, not {stages}")
-        if set(self.token_mixers) - {"repmixer", "attention"}:
+        if any(mixer not in typing.get_args(TokenMixer) for mixer in self.token_mixers):
             raise ConfigError(f"unknown token mixer in {self.token_mixers}")
+        for narrow, wide in itertools.pairwise(self.embed_dims):
+            if wide % narrow:
+                raise ConfigError(f"stage width {wide} is no multiple of the one before, {narrow}")
         for mixer, dim in zip(self.token_mixers, self.embed_dims, strict=True):
             if mixer == "attention" and dim % self.head_dim:
                 raise ConfigError(f"attention width {dim} is no multiple of {self.head_dim}")
@@ -198,8 +217,9 @@ class QuantConfig(_JsonConfig):
     def __post_init__(self) -> None:
         settings = {"": (self.bits, self.group_size, self.mode), **self.overrides}
         for path, (bits, group_size, mode) in settings.items():
-            known = isinstance(mode, str) and mode in QUANT_MODES
-            if not (known and _is(int, bits) and _is(int, group_size) and bits <= 8):
+            known = QUANT_MODES.get(mode, ((), ())) if isinstance(mode, str) else ((), ())
+            whole = is_kind(int, bits) and is_kind(int, group_size)
+            if not (whole and bits in known[0] and group_size in known[1]):
                 raise ConfigError(
                     f"quantization {f'of {path} ' if path else ''}is not supported: "
                     f"{bits!r} bits, groups of {group_size!r}, {mode!r}"

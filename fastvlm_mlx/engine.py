@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from fastvlm_mlx.backend import select_device
 from fastvlm_mlx.checkpoint.hub import resolve
-from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.memory import free_bytes, require_memory
 from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
 from fastvlm_mlx.config import ImageMode, ModelConfig
@@ -230,6 +230,7 @@ def load(
         image_size=checkpoint.config.vision.image_size,
         image_mode=checkpoint.config.image_mode,
     )
+    checkpoint = decide_tied(checkpoint)
     dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit, say)
     needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
     require_memory(needed, limit=memory_limit, what=str(model))

@@ -4,6 +4,11 @@ Knows nothing of where it is raised. The CLI prints `str(error)` and exits 2; a 
 """
 
 
+def one_line(text: str) -> str:
+    """Return text fit for one line of a terminal; what is not printable becomes "?"."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+
+
 class FastVLMError(Exception):
     """Base of all errors whose message is meant for the user, as one line."""
 

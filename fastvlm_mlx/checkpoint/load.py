@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ from fastvlm_mlx.checkpoint.store import (
     EMBEDDING,
     FLOATS,
     HEAD,
+    PACKED,
     Checkpoint,
     MappedTensor,
     target_dtype,
@@ -33,6 +35,27 @@ log = logging.getLogger("fastvlm_mlx")
 Progress = Callable[[int, int], None]
 
 
+def decide_tied(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without a head that is no other than the embedding, bit for bit.
+
+    No head, or an equal one, is tied. Where one is stored, it and the embedding are read: less
+    than the model itself will take. Raises CheckpointError for a file that cannot be read.
+    """
+    with _nothing_cached():
+        tied = checkpoint.config.decoder.tied or _equal_head(checkpoint)
+    if checkpoint.stated_tied and not tied:
+        log.warning("config.json says the head is tied, but lm_head differs: using lm_head")
+    if not tied:
+        return checkpoint
+    decoder = dataclasses.replace(checkpoint.config.decoder, tied=True)
+    return dataclasses.replace(
+        checkpoint,
+        config=dataclasses.replace(checkpoint.config, decoder=decoder),
+        tensors={n: t for n, t in checkpoint.tensors.items() if not n.startswith(HEAD + ".")},
+        shapes={n: s for n, s in checkpoint.shapes.items() if not n.startswith(HEAD + ".")},
+    )
+
+
 def load_model(
     checkpoint: Checkpoint,
     dtype: mx.Dtype,
@@ -42,29 +65,35 @@ def load_model(
 ) -> FastVLM:
     """Read, fold and cast every weight; return the model, evaluated.
 
+    A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
     `progress` gets (bytes read, bytes in all). Raises CheckpointMismatch for tensors that do not
     fit and CheckpointError for a file that cannot be read.
     """
     weights = []
-    # Freed source buffers would otherwise stay in MLX's cache beside the weights.
-    cache_limit = mx.set_cache_limit(0)
-    try:
-        checkpoint = _decide_tied(checkpoint)
-        total, done = checkpoint.stored_bytes, 0
+    total, done = checkpoint.stored_bytes, 0
+    with _nothing_cached():
         for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize):
             weights.append((name, array))
             done += stored_bytes
             if progress is not None:
                 progress(done, total)
-    finally:
-        mx.set_cache_limit(cache_limit)
     model = FastVLM(checkpoint.config, dtype)
     if not dequantize:
         _make_quantized(model, checkpoint)
     model.load_weights(weights, strict=True)
     model.eval()
     return model
+
+
+@contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """Hand freed source buffers back, which MLX would otherwise keep beside the weights."""
+    limit = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
 
 
 def _weights(
@@ -86,9 +115,9 @@ def _weights(
                 yield name, array, sum(t.stored.nbytes for t in _packed(checkpoint, path).values())
             continue
         array = tensor.read(reader)
-        if leaf == "weight" and not packed:
+        if leaf in PACKED:
             # Only a padded vocabulary is longer than the config says (`store.py` checked).
-            array = array[: shapes[name][0]]
+            array = array[: shapes[f"{path}.weight"][0]]
         if tensor.stored.dtype in FLOATS:
             array = array.astype(dtype)
         mx.eval(array)
@@ -100,7 +129,8 @@ def _tower(
 ) -> Iterator[tuple[str, mx.array, int]]:
     """Fold the tower; raises CheckpointMismatch for arrays missing, left over or mis-shaped."""
     shapes = checkpoint.shapes
-    where = checkpoint.layout.name
+    source = checkpoint.tower
+    where = checkpoint.layout.name if source is None else f"{source.folder}: {source.layout.name}"
     for path in module_paths(checkpoint.config.vision):
         prefix = f"vision.{path}."
         tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
@@ -127,6 +157,8 @@ def _tower(
                     f"the config asks for {shapes[prefix + name]}"
                 )
             array = array.astype(target_dtype(prefix + name, dtype), stream=mx.cpu)
+            # A transposed or strided array would be copied by every forward that reads it.
+            array = mx.contiguous(array, stream=mx.cpu)
             mx.eval(array)
             yield prefix + name, array, stored_bytes
             stored_bytes = 0
@@ -134,7 +166,7 @@ def _tower(
 
 def _packed(checkpoint: Checkpoint, path: str) -> dict[str, MappedTensor]:
     """Return the tensors of a quantized module: weight, scales, and biases if its mode has them."""
-    names = {leaf: f"{path}.{leaf}" for leaf in ("weight", "scales", "biases")}
+    names = {leaf: f"{path}.{leaf}" for leaf in PACKED}
     tensors = checkpoint.tensors
     return {leaf: tensors[name] for leaf, name in names.items() if name in tensors}
 
@@ -144,7 +176,8 @@ def _dequantized(checkpoint: Checkpoint, path: str, reader: TensorReader) -> mx.
     quant = checkpoint.config.quant
     assert quant is not None  # `store.py` refuses packed weights without
     bits, group_size, mode = quant.of(path)
-    arrays = {leaf: t.read(reader) for leaf, t in _packed(checkpoint, path).items()}
+    rows = checkpoint.shapes[f"{path}.weight"][0]
+    arrays = {leaf: t.read(reader)[:rows] for leaf, t in _packed(checkpoint, path).items()}
     if mode == "affine":
         arrays |= {leaf: arrays[leaf].astype(mx.float32) for leaf in ("scales", "biases")}
     return mx.dequantize(
@@ -171,23 +204,10 @@ def _make_quantized(model: FastVLM, checkpoint: Checkpoint) -> None:
     nn.quantize(model, class_predicate=settings)
 
 
-def _decide_tied(checkpoint: Checkpoint) -> Checkpoint:
-    """Decide by the tensors: no head, or one equal to the embedding, is tied and dropped."""
-    tied = checkpoint.config.decoder.tied or _equal_head(checkpoint)
-    if checkpoint.stated_tied and not tied:
-        log.warning("config.json says the head is tied, but lm_head differs: using lm_head")
-    tensors = checkpoint.tensors
-    if tied:
-        tensors = {name: t for name, t in tensors.items() if not name.startswith(HEAD + ".")}
-    decoder = dataclasses.replace(checkpoint.config.decoder, tied=tied)
-    config = dataclasses.replace(checkpoint.config, decoder=decoder)
-    return dataclasses.replace(checkpoint, config=config, tensors=tensors)
-
-
 def _equal_head(checkpoint: Checkpoint) -> bool:
     """Whether every tensor of the head equals the embedding's, bit for bit."""
     reader = TensorReader()
-    for leaf in ("weight", "scales", "biases"):
+    for leaf in PACKED:
         head = checkpoint.tensors.get(f"{HEAD}.{leaf}")
         embedding = checkpoint.tensors.get(f"{EMBEDDING}.{leaf}")
         if (head is None) != (embedding is None):

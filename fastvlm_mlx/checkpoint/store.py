@@ -16,17 +16,17 @@ from mlx.utils import tree_flatten
 from fastvlm_mlx.checkpoint import layouts
 from fastvlm_mlx.checkpoint.fuse import module_paths
 from fastvlm_mlx.checkpoint.layouts import WeightLayout, first_few
-from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm
+from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm, stated_tied
 from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, find_tensors, read_json
 from fastvlm_mlx.checkpoint.tower_names import Transform
 from fastvlm_mlx.config import PRESETS, ModelConfig
-from fastvlm_mlx.errors import CheckpointMismatch
+from fastvlm_mlx.errors import CheckpointMismatch, ConfigError
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 EMBEDDING = "decoder.qwen2.model.embed_tokens"
 HEAD = "decoder.qwen2.lm_head"
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-_PACKED = ("weight", "scales", "biases")
+PACKED = ("weight", "scales", "biases")
 _PADDED_ROWS = (f"{EMBEDDING}.weight", f"{HEAD}.weight")
 
 
@@ -58,7 +58,8 @@ class Checkpoint:
     """A folder understood but not loaded: its layout, sizes, and where each tensor is.
 
     `shapes` are those of the unquantized model's parameters, by path. `config.decoder.tied` says
-    that no head is stored; `stated_tied` is what config.json claims.
+    that no head is stored; `stated_tied` is what config.json claims. `tower` is the checkpoint that
+    the tower comes from, None if it is this one.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Checkpoint:
     tensors: Mapping[str, MappedTensor]
     shapes: Mapping[str, tuple[int, ...]]
     stated_tied: bool | None
+    tower: Checkpoint | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -86,8 +88,8 @@ class Checkpoint:
         for name, shape in self.shapes.items():
             path = name.removesuffix(".weight")
             if f"{path}.scales" in self.tensors and not dequantize:
-                leaves = (self.tensors.get(f"{path}.{leaf}") for leaf in _PACKED)
-                total += sum(_kept_bytes(leaf.stored, dtype) for leaf in leaves if leaf)
+                leaves = (self.tensors.get(f"{path}.{leaf}") for leaf in PACKED)
+                total += sum(_kept_bytes(leaf.stored, shape[0], dtype) for leaf in leaves if leaf)
             else:
                 total += math.prod(shape) * target_dtype(name, dtype).size
         return total
@@ -110,9 +112,11 @@ def open_checkpoint(folder: Path, *, vision_from: Path | None = None) -> Checkpo
     }
     tower = None
     if vision_from is not None:
+        if layout.has_tower:
+            raise ConfigError(f"{folder} has its own tower: leave out --vision-from")
         tower = open_checkpoint(vision_from)
         tensors = {
-            **{name: t for name, t in tensors.items() if not name.startswith("vision.")},
+            **tensors,
             **{name: t for name, t in tower.tensors.items() if name.startswith("vision.")},
         }
     elif not layout.has_tower:
@@ -127,9 +131,9 @@ def open_checkpoint(folder: Path, *, vision_from: Path | None = None) -> Checkpo
         rename_module=lambda path: _rename_module(layout, path),
         vision=tower.config.vision if tower else None,
     )
-    text = raw.get("text_config") or {}
-    stated_tied = text.get("tie_word_embeddings", raw.get("tie_word_embeddings"))
-    checkpoint = Checkpoint(folder, layout, config, tensors, _shapes(config), stated_tied)
+    checkpoint = Checkpoint(
+        folder, layout, config, tensors, _shapes(config), stated_tied(raw), tower
+    )
     _check_fit(checkpoint)
     return checkpoint
 
@@ -149,21 +153,26 @@ def target_dtype(name: str, dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if dtype == mx.float16 and name.startswith(tail) else dtype
 
 
-def _kept_bytes(stored: StoredTensor, dtype: mx.Dtype) -> int:
-    """Return bytes of a quantized module's tensor in memory: its scales are cast, codes are not."""
-    return math.prod(stored.shape) * dtype.size if stored.dtype in FLOATS else stored.nbytes
+def _kept_bytes(stored: StoredTensor, rows: int, dtype: mx.Dtype) -> int:
+    """Return bytes in memory of the first rows of a quantized module's tensor.
+
+    Affine scales and biases are cast, codes are not.
+    """
+    kept = stored.nbytes * rows // stored.shape[0]
+    return kept * dtype.size // getattr(mx, stored.dtype).size if stored.dtype in FLOATS else kept
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointMismatch for tensors without a place, missing, or of the wrong shape.
+    """Raise CheckpointMismatch for tensors without a place, missing, mis-shaped or of odd dtype.
 
     The tower's are checked as far as names go without folding; `load.py` checks the rest.
     """
     where, tensors, shapes = checkpoint.layout.name, checkpoint.tensors, checkpoint.shapes
     modules = tuple(f"vision.{path}." for path in module_paths(checkpoint.config.vision))
+    packed = [path for path in checkpoint.quantized_paths if f"{path}.weight" in shapes]
     places = {
         *(name for name in shapes if not name.startswith("vision.")),
-        *(f"{path}.{leaf}" for path in checkpoint.quantized_paths for leaf in _PACKED),
+        *(f"{path}.{leaf}" for path in packed for leaf in PACKED),
     }
     extra = [
         tensor.stored.name
@@ -176,35 +185,63 @@ def _check_fit(checkpoint: Checkpoint) -> None:
     missing += [m + "*" for m in modules if not any(name.startswith(m) for name in tensors)]
     if missing:
         raise CheckpointMismatch(f"{where}: {len(missing)} tensors missing: {first_few(missing)}")
-    for name, shape in shapes.items():
-        if not name.startswith("vision."):
-            _check_shape(checkpoint, name, shape)
+    codes = {f"{path}.{leaf}" for path in packed for leaf in PACKED}
+    for name, tensor in tensors.items():
+        if name not in codes:
+            shape = None if name.startswith("vision.") else shapes[name]
+            _check(tensor, FLOATS, shape, padded=name in _PADDED_ROWS)
+    for path in packed:
+        _check_packed(checkpoint, path, shapes[f"{path}.weight"])
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    """Compare a tensor's stored shape, packed or not, with what the config asks for."""
-    tensor = checkpoint.tensors[name]
-    found = tensor.shape
-    path = name.removesuffix(".weight")
-    if f"{path}.scales" in checkpoint.tensors:
-        quant = checkpoint.config.quant
-        if quant is None:
-            raise CheckpointMismatch(
-                f"{tensor.stored.name} is quantized, but config.json has no quantization"
-            )
-        bits, group_size, _mode = quant.of(path)
-        rows, columns = shape
-        shape = (rows, columns * bits // 32)
-        scales = checkpoint.tensors[f"{path}.scales"]
-        if scales.shape != (found[0], columns // group_size):
-            raise CheckpointMismatch(
-                f"{scales.stored.name} is {scales.shape}, "
-                f"{(found[0], columns // group_size)} fits {bits} bits in groups of {group_size}"
-            )
-    if name in _PADDED_ROWS and found[0] > shape[0]:
+def _check_packed(checkpoint: Checkpoint, path: str, shape: tuple[int, ...]) -> None:
+    """Compare a quantized module's tensors with what the config asks for."""
+    parts = {leaf: checkpoint.tensors.get(f"{path}.{leaf}") for leaf in PACKED}
+    weight, scales, biases = (parts[leaf] for leaf in PACKED)
+    assert weight is not None and scales is not None  # neither missing, as `_check_fit` found
+    quant = checkpoint.config.quant
+    if quant is None:
+        raise CheckpointMismatch(
+            f"{weight.stored.name} is quantized, but config.json has no quantization"
+        )
+    bits, group_size, mode = quant.of(path)
+    setting = f"{bits} bits in groups of {group_size}, {mode}"
+    if len(shape) != 2 or shape[1] % group_size:
+        raise CheckpointMismatch(
+            f"{scales.stored.name} says that {shape} is quantized, which {setting}, cannot be"
+        )
+    if (biases is not None) != (mode == "affine"):
+        raise CheckpointMismatch(
+            f"{weight.stored.name} has {'no' if biases is None else 'needless'} .biases beside it "
+            f"for {setting}"
+        )
+    rows, columns = shape
+    padded = f"{path}.weight" in _PADDED_ROWS
+    _check(weight, ("uint32",), (rows, columns * bits // 32), padded=padded, setting=setting)
+    kinds = FLOATS if mode == "affine" else ("uint8",)
+    for part in (scales, biases):
+        if part is not None:
+            groups = (weight.shape[0], columns // group_size)
+            _check(part, kinds, groups, padded=False, setting=setting)
+
+
+def _check(
+    tensor: MappedTensor,
+    dtypes: tuple[str, ...],
+    shape: tuple[int, ...] | None,
+    *,
+    padded: bool,
+    setting: str = "",
+) -> None:
+    """Compare a tensor's dtype and shape; a padded one may have more rows, None is any shape."""
+    found, stored = tensor.shape, tensor.stored
+    if stored.dtype not in dtypes:
+        raise CheckpointMismatch(f"{stored.name} is {stored.dtype}, not {' or '.join(dtypes)}")
+    if shape is not None and padded and found[:1] > shape[:1]:
         found = (shape[0], *found[1:])
-    if found != shape:
-        raise CheckpointMismatch(f"{tensor.stored.name} is {found}, the config asks for {shape}")
+    if shape is not None and found != shape:
+        asked = f"{setting} ask" if setting else "the config asks"
+        raise CheckpointMismatch(f"{stored.name} is {tensor.shape}, {asked} for {shape}")
 
 
 def _rename_module(layout: WeightLayout, path: str) -> str | None:

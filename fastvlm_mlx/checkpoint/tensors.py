@@ -17,7 +17,7 @@ import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
 from fastvlm_mlx.checkpoint.torch_file import TorchFile, TorchTensor
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, one_line
 
 _SAFETENSORS_DTYPES = {
     "BF16": "bfloat16",
@@ -63,7 +63,9 @@ class TensorReader:
             try:
                 self._files[tensor.file] = mx.load(str(tensor.file))  # type: ignore[assignment]
             except RuntimeError as error:
-                raise CheckpointError(f"{tensor.file} cannot be read: {_line(error)}") from error
+                raise CheckpointError(
+                    f"{tensor.file} cannot be read: {one_line(str(error))}"
+                ) from error
         return self._files[tensor.file].pop(tensor.name)
 
 
@@ -74,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent} has no {path.name}: no model folder") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as JSON: {one_line(str(error))}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return values
@@ -121,6 +123,9 @@ def _indexed(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map")
+    odd = [name for name in weight_map.values() if not isinstance(name, str)]
+    if odd:
+        raise CheckpointError(f"{index}: weight_map has {odd[0]!r} where a file's name belongs")
     files = [index.parent / name for name in sorted(set(weight_map.values()))]
     for file in files:
         if file.parent != index.parent:
@@ -146,7 +151,7 @@ def _safetensors_header(file: Path) -> Iterable[StoredTensor]:
                 tensors.append(StoredTensor(name, tuple(part.get_shape()), dtype, file))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or corrupt ({_line(error)}): download it again"
+            f"{file} is truncated or corrupt ({one_line(str(error))}): download it again"
         ) from error
     return tensors
 
@@ -162,7 +167,3 @@ def _bin_header(file: Path) -> Iterable[StoredTensor]:
         )
         for tensor in TorchFile(file).values()
     ]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -15,15 +15,11 @@ from typing import TextIO
 import click
 
 from fastvlm_mlx.checkpoint.memory import readable_bytes
+from fastvlm_mlx.errors import one_line
 
 _APPEARS_AFTER_S = 1.0
 _REDRAWN_EVERY_S = 0.2
 _ERASE = "\r\x1b[K"
-
-
-def one_line(text: str) -> str:
-    """Return text fit for one line of a terminal; what is not printable becomes "?"."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 class Console:

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import click
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.cli.console import Console, one_line
+from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import verbose_option
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import FastVLMError, one_line
 
 _COMMANDS = ("generate", "preview", "inspect")
 

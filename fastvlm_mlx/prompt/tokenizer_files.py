@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, one_line
 
 # Qwen2's split: https://huggingface.co/Qwen/Qwen2-0.5B/blob/main/tokenizer.json, `pre_tokenizer`.
 _QWEN2_SPLIT = (
@@ -71,7 +71,7 @@ def _from_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} is not a tokenizer: {one_line(str(error))}") from error
     if not isinstance(backend.decoder, decoders.ByteLevel):
         raise CheckpointError(f"{path} is not a byte-level BPE as Qwen2's is")
     return backend
@@ -89,7 +89,7 @@ def _from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> tokenizers
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=_merges(folder)))
     except Exception as error:  # the library raises bare Exception
-        reason = _first_line(error)
+        reason = one_line(str(error))
         raise CheckpointError(f"{folder}: vocab.json does not fit merges.txt: {reason}") from error
     backend.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), behavior="isolated")
@@ -147,7 +147,3 @@ def _add_missing(
                 f"{folder}: {token.content} is {backend.token_to_id(token.content)} in "
                 f"tokenizer.json but {token_id} in the files beside it"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -200,7 +200,7 @@ def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(
         ({"text_config__num_hidden_layers": None}, "num_hidden_layers"),
         (
             {"text_config__num_hidden_layers": "three"},
-            "num_layers must be a whole number above 0, not 'three'",
+            "num_hidden_layers must be a whole number above 0, not 'three'",
         ),
         ({"vision_config__architecture": "vit_base"}, "'vit_base'"),
         ({"vision_config__model_args__depth": 3}, "unknown vision_config.model_args keys depth"),

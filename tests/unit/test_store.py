@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.memory import _parse_meminfo, _parse_vm_stat, require_memory
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.errors import (
@@ -57,7 +57,9 @@ def write_app(folder: Path, source: sources.Source) -> Path:
 
 
 def load(folder: Path, dtype: mx.Dtype = mx.float32, **options: Any) -> FastVLM:
-    return load_model(open_checkpoint(folder), dtype, **{"dequantize": True, **options})
+    return load_model(
+        decide_tied(open_checkpoint(folder)), dtype, **{"dequantize": True, **options}
+    )
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
