@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fastvlm_mlx.checkpoint.hub_errors import is_unreachable, one_line
+from fastvlm_mlx.checkpoint.hub_errors import fetch_error, is_unreachable
+from fastvlm_mlx.checkpoint.memory import readable_bytes
 from fastvlm_mlx.errors import CheckpointError, FetchError
 
 Say = Callable[[str], None]
@@ -92,7 +93,7 @@ def resolve_config(name: str | os.PathLike[str]) -> Path:
         bar = _bar(lambda _: None)
         return Path(hf_hub_download(repo, _CONFIG, revision=revision, tqdm_class=bar)).parent
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        raise one_line(error, repo, revision) from error
+        raise fetch_error(error, repo, revision) from error
 
 
 def _place(text: str) -> Path | tuple[str, str | None]:
@@ -150,7 +151,7 @@ def _from_hub(repo: str, revision: str | None, say: Say, progress: Progress) -> 
     except (OSError, HTTPError, ValueError, KeyError, TypeError) as error:
         cached = _cached(repo, revision) if is_unreachable(error) else None
         if cached is None:
-            raise one_line(error, repo, revision) from error
+            raise fetch_error(error, repo, revision) from error
         if not constants.HF_HUB_OFFLINE:
             say(f"{constants.ENDPOINT} cannot be reached: using the copy of {repo} in the cache")
         return cached
@@ -161,7 +162,7 @@ def _from_hub(repo: str, revision: str | None, say: Say, progress: Progress) -> 
     try:
         return _download(repo, revision, info.sha, wanted, say, progress)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:  # RuntimeError: hf_xet's
-        raise one_line(error, repo, revision) from error
+        raise fetch_error(error, repo, revision) from error
 
 
 def _download(
@@ -181,7 +182,7 @@ def _download(
     if missing:
         _check_disk(repo, total)
         rest = "" if len(missing) == len(sizes) else "the rest of "
-        say(f"Downloading {rest}{repo} ({_size(total)})")
+        say(f"Downloading {rest}{repo} ({readable_bytes(total)})")
     for file in missing:
         before = done
 
@@ -265,13 +266,6 @@ def _check_disk(repo: str, nbytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < nbytes:
         raise FetchError(
-            f"{repo} needs {_size(nbytes)}, but {cache} has {_size(free)} free: "
-            "make room, or set HF_HOME to a folder on a larger disk"
+            f"{repo} needs {readable_bytes(nbytes)}, but {cache} has {readable_bytes(free)} "
+            "free: make room, or set HF_HOME to a folder on a larger disk"
         )
-
-
-def _size(nbytes: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}"
-    return f"{nbytes / 1000:.1f} kB"

@@ -21,7 +21,7 @@ def is_unreachable(error: BaseException) -> bool:
     return isinstance(error, (OfflineModeIsEnabled, HTTPError))
 
 
-def one_line(error: BaseException, repo: str, revision: str | None) -> FetchError:
+def fetch_error(error: BaseException, repo: str, revision: str | None) -> FetchError:
     """What a failure of huggingface_hub (its errors.py) means, and what to do."""
     from huggingface_hub import constants, errors
 
@@ -30,7 +30,7 @@ def one_line(error: BaseException, repo: str, revision: str | None) -> FetchErro
     instead = "give --model a local folder or demo"
     match error:
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
-            return one_line(error.__cause__, repo, revision)
+            return fetch_error(error.__cause__, repo, revision)
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
             line = f"HF_HUB_OFFLINE is set {no_cache}: unset it to download once, or {instead}"
         case errors.GatedRepoError():
