@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm
-from fastvlm_mlx.config import PRESETS, ModelConfig, QuantConfig
+from fastvlm_mlx.checkpoint.source_config import (
+    read_config,
+    read_picture_form,
+    require_fastvlm,
+    stated_tied,
+)
+from fastvlm_mlx.config import PRESETS, ModelConfig, QuantConfig, VisionConfig
 from fastvlm_mlx.errors import ConfigError
 
+REAL_FAST_VLM = (
+    Path(__file__).parents[1] / "parity" / "config_fast_vlm.json",
+    Path(__file__).parents[2] / "fastvlm_mlx" / "demo" / "config.json",
+)
 SIZES = {
     "0.5b": (896, 24, 4864, 14, 2, 151936),
     "1.5b": (1536, 28, 8960, 12, 2, 151936),
@@ -195,6 +206,10 @@ def test_a_missing_size_is_named(missing: str) -> None:
     [
         ({"architecture": "fastvit_mci4"}, "fastvit_mci4"),
         ({"architecture": "fastvit_mci3", "model_args": {"lkc_use_act": False}}, "lkc_use_act"),
+        ({"architecture": "fastvit_mci3", "out_indices": [3]}, "vision_config keys out_indices"),
+        ({"architecture": "fastvit_mci3", "hidden_size": 1024}, "takes 1024 channels"),
+        ({"architecture": 3}, r"vision_config\.architecture must be text, not 3"),
+        ({}, r"lacks 'vision_config\.architecture'"),
     ],
 )
 def test_other_timm_towers_are_refused(vision: dict[str, Any], named: str) -> None:
@@ -208,6 +223,158 @@ def test_unknown_root_keys_warn_and_known_ones_do_not(caplog: pytest.LogCaptureF
         assert not caplog.records
         read(apple(a_new_trainer_option=3))
     assert "a_new_trainer_option" in caplog.text
+
+
+@pytest.mark.parametrize("path", REAL_FAST_VLM, ids=["saved by transformers", "demo"])
+def test_no_key_that_transformers_saves_is_unknown(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = json.loads(path.read_text())
+    # What a PreTrainedConfig saves besides where it is not at its default.
+    extra = {
+        "dtype": "bfloat16",
+        "id2label": {"0": "x"},
+        "num_features": 3072,
+        "pretrained_cfg": {},
+    }
+    with caplog.at_level(logging.WARNING, "fastvlm_mlx"):
+        plain = read(raw, "fast_vlm")
+        assert read(raw | {"vision_config": raw["vision_config"] | extra}, "fast_vlm") == plain
+    assert not caplog.records
+
+
+def test_a_picture_size_that_fast_vlm_leaves_out_is_transformers_default() -> None:
+    """FastVlmConfig's default is 576 tokens, 24 of 64 pixels a side, whatever is released."""
+    raw = fast_vlm(image_seq_length=None)
+    assert read(raw, "fast_vlm").vision.image_size == 24 * 64
+    assert read_picture_form(raw) == (24 * 64, "pad")
+
+
+OPTIONAL = (
+    "eos_token_id hidden_act max_position_embeddings mm_hidden_size mm_patch_merge_type "
+    "quantization rms_norm_eps rope_scaling rope_theta text_config tie_word_embeddings "
+    "tokenizer_model_max_length use_sliding_window vision_config mm_use_im_start_end"
+).split()
+
+
+@pytest.mark.parametrize("key", OPTIONAL)
+def test_null_is_absent(key: str) -> None:
+    raw = apple()
+    raw.pop(key, None)
+    assert read(raw | {key: None}) == read(raw)
+
+
+def test_null_projector_is_what_its_source_takes_it_to_be() -> None:
+    """LLaVA's default is linear; mlx-vlm's and that of Apple's app is mlp2x_gelu."""
+    for layout, kind in {"llava_qwen2": "linear", "mlx-vlm": "mlp2x_gelu"}.items():
+        assert read(apple(mm_projector_type=None), layout).projector.kind == kind
+
+
+WRONG: list[tuple[str, Any]] = [
+    ("eos_token_id", "x"),
+    ("eos_token_id", [None]),
+    ("eos_token_id", [True]),
+    ("eos_token_id", -1),
+    ("hidden_act", 1),
+    ("hidden_size", "big"),
+    ("image_aspect_ratio", 1),
+    ("intermediate_size", 1.5),
+    ("max_position_embeddings", "8192"),
+    ("mm_hidden_size", [3072]),
+    ("mm_patch_merge_type", ["flat"]),
+    ("mm_projector_type", {}),
+    ("mm_use_im_start_end", "no"),
+    ("mm_vision_tower", 1024),
+    ("num_attention_heads", True),
+    ("num_hidden_layers", 0),
+    ("num_key_value_heads", -2),
+    ("quantization", "4bit"),
+    ("rms_norm_eps", "1e-6"),
+    ("rope_parameters", 1),
+    ("rope_scaling", 2),
+    ("rope_theta", "1e6"),
+    ("text_config", []),
+    ("tokenizer_model_max_length", 1e30),
+    ("use_sliding_window", 1),
+    ("vision_config", 5),
+    ("vocab_size", None),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG)
+def test_a_value_of_the_wrong_type_is_refused_by_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=key) as caught:
+        read(apple(**{key: value}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "named"),
+    [
+        ({"layers": 5}, "layers must be a list, not 5"),
+        ({"layers": "abcde"}, "layers must be a list"),
+        ({"embed_dims": [96, 192, 384, 768, "x"]}, "embed_dims"),
+        ({"token_mixers": [[], [], [], [], []]}, "unknown token mixer"),
+        ({"pos_embs_shapes": 7}, "pos_embs_shapes must be a list"),
+        ({"image_size": "1024"}, r"vision_config\.image_size must be a whole number"),
+        ({"embed_dims": [96, 192, 384, 768, 1000]}, "1000 is no multiple"),
+        ({"embed_dims": [96, 144, 384, 768, 1536]}, "144 is no multiple of the one before, 96"),
+    ],
+)
+def test_a_tower_that_is_misspelled_is_refused_in_one_line(
+    spelled: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read(apple(vision_config=spelled))
+
+
+def test_widths_must_be_multiples_of_the_stage_before() -> None:
+    """The downsampling's grouped convolution has whole multiples of its inputs."""
+    with pytest.raises(ConfigError, match="stage width 160 is no multiple of the one before, 64"):
+        VisionConfig(embed_dims=(32, 64, 160, 320, 640))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [
+        ({"bits": 4}, r"lacks 'quantization\.group_size'"),
+        ({"bits": 4, "group_size": "64"}, r"quantization\.group_size must be"),
+        ({"bits": 4, "group_size": 64, "mode": 3}, r"quantization\.mode must be text"),
+        ({"bits": 4, "group_size": 64, "x": {"bits": 4}}, r"lacks 'quantization\.x\.group_size'"),
+        ({"bits": 4, "group_size": 64, "x": {"bits": 7, "group_size": 64}}, "of our.x is not"),
+    ],
+)
+def test_a_quantization_is_refused_by_its_key(quantization: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read(apple(quantization=quantization))
+
+
+def test_rope_sections_are_passed_over_for_apples_app_only() -> None:
+    """Its exports may hold an mrope_section, which the app reads and then runs plain RoPE."""
+    sections = {"mrope_section": [2, 1, 1], "rope_type": "mrope"}
+    tower = PRESETS["0.5b"].vision
+    raw = apple(rope_scaling=sections, mm_vision_tower=None, mm_projector_type=None)
+
+    def read_app(raw: dict[str, Any]) -> ModelConfig:
+        return read_config(
+            raw, "apple-app", has_head=False, rename_module=lambda path: path, vision=tower
+        )
+
+    assert read_app(raw) == PRESETS["0.5b"]
+    for other in ({"factor": 4, **sections}, {"type": "yarn"}, "yarn"):
+        with pytest.raises(ConfigError, match="rope_scaling"):
+            read_app(raw | {"rope_scaling": other})
+    with pytest.raises(ConfigError, match="rope_scaling"):
+        read(apple(rope_scaling=sections))
+
+
+def test_the_tied_flag_is_the_text_configs_then_the_roots() -> None:
+    assert stated_tied({"tie_word_embeddings": True}) is True
+    null = {"tie_word_embeddings": None}
+    assert stated_tied({"text_config": null, "tie_word_embeddings": True}) is True
+    assert stated_tied(null) is None
+    with pytest.raises(ConfigError, match="tie_word_embeddings must be true or false, not 'yes'"):
+        stated_tied({"tie_word_embeddings": "yes"})
 
 
 @pytest.mark.parametrize("model_type", ["llava_llama", "llava-qwen2", "qwen2", None])
