@@ -23,6 +23,7 @@ from fastvlm_mlx.checkpoint.source_keys import (
     check_root,
     get,
     refuse_unknown,
+    require_fastvlm,
 )
 from fastvlm_mlx.config import (
     DecoderConfig,
@@ -67,28 +68,6 @@ def read_config(
     if layout == "fast_vlm":
         return _fast_vlm(raw, has_head)
     return _llava(raw, layout, has_head, rename_module, vision)
-
-
-def stated_tied(raw: Json) -> bool | None:
-    """Return what a config.json claims of a tied head, None if nothing. Raises ConfigError."""
-    for source in (get(raw, "text_config", dict, {}), raw):
-        if source.get("tie_word_embeddings") is not None:
-            return get(source, "tie_word_embeddings", bool)
-    return None
-
-
-def require_fastvlm(raw: Json) -> None:
-    """Raise ConfigError unless `model_type` is one of FastVLM's, saying what it is instead."""
-    model_type = raw.get("model_type")
-    if model_type in ("llava_qwen2", "fast_vlm", "fastvlm"):
-        return
-    text = raw.get("text_config")
-    decoder = text.get("model_type") if isinstance(text, dict) else None
-    what = f"{model_type!r}" + (f" with a {decoder} decoder" if decoder else "")
-    raise ConfigError(
-        f"model type {what} is not supported: FastVLM with a Qwen2 decoder is "
-        "(llava_qwen2, fast_vlm, fastvlm)"
-    )
 
 
 def read_picture_form(raw: Json) -> tuple[int, ImageMode]:

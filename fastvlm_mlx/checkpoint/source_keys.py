@@ -2,7 +2,7 @@
 
 A listed set of Hugging Face root keys says nothing about inference and is passed over; other
 unknown root keys are logged as a warning; unknown `mm_*`, `vision_config` and `model_args` keys
-raise, because they may change the network. Knows nothing of what the values mean.
+raise, because they may change the network. Knows no sizes: `source_config.py` makes them.
 
 Sources: apple/ml-fastvlm `llava_qwen.py`; transformers `configuration_fast_vlm.py`,
 `configuration_timm_wrapper.py`, `configuration_utils.py`; mlx-vlm `models/fastvlm/config.py`.
@@ -80,6 +80,28 @@ def get(
             f"config.json: {where}{key} must be {KINDS[kind]}, not {reprlib.repr(found)}"
         )
     return found
+
+
+def require_fastvlm(raw: Json) -> None:
+    """Raise ConfigError unless `model_type` is one of FastVLM's, saying what it is instead."""
+    model_type = raw.get("model_type")
+    if model_type in ("llava_qwen2", "fast_vlm", "fastvlm"):
+        return
+    text = raw.get("text_config")
+    decoder = text.get("model_type") if isinstance(text, dict) else None
+    what = f"{model_type!r}" + (f" with a {decoder} decoder" if decoder else "")
+    raise ConfigError(
+        f"model type {what} is not supported: FastVLM with a Qwen2 decoder is "
+        "(llava_qwen2, fast_vlm, fastvlm)"
+    )
+
+
+def stated_tied(raw: Json) -> bool | None:
+    """Return what a config.json claims of a tied head, None if nothing. Raises ConfigError."""
+    for source in (get(raw, "text_config", dict, {}), raw):
+        if source.get("tie_word_embeddings") is not None:
+            return get(source, "tie_word_embeddings", bool)
+    return None
 
 
 def check_root(raw: Json) -> None:

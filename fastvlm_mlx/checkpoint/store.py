@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from fastvlm_mlx.checkpoint import layouts
 from fastvlm_mlx.checkpoint.fuse import module_paths
 from fastvlm_mlx.checkpoint.layouts import WeightLayout, first_few
-from fastvlm_mlx.checkpoint.source_config import read_config, require_fastvlm, stated_tied
+from fastvlm_mlx.checkpoint.source_config import read_config
+from fastvlm_mlx.checkpoint.source_keys import require_fastvlm, stated_tied
 from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, find_tensors, read_json
 from fastvlm_mlx.checkpoint.tower_names import Transform
 from fastvlm_mlx.config import PRESETS, ModelConfig
@@ -208,7 +209,8 @@ def _check_packed(checkpoint: Checkpoint, path: str, shape: tuple[int, ...]) -> 
     setting = f"{bits} bits in groups of {group_size}, {mode}"
     if len(shape) != 2 or shape[1] % group_size:
         raise CheckpointMismatch(
-            f"{scales.stored.name} says that {shape} is quantized, which {setting}, cannot be"
+            f"{scales.stored.name} has no place: a weight of {shape} cannot be packed "
+            f"in groups of {group_size}"
         )
     if (biases is not None) != (mode == "affine"):
         raise CheckpointMismatch(

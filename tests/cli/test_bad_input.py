@@ -159,6 +159,40 @@ def test_an_export_for_apples_app_needs_the_tower_of_its_original(run: Run, tmp_
     assert "nowhere" in ask(run, folder, "--vision-from", "./nowhere").refused()
 
 
+def test_a_model_with_a_tower_takes_no_other(run: Run, model: Path) -> None:
+    message = ask(run, model, "--vision-from", "demo").refused()
+    assert message == f"{model} has its own tower: leave out --vision-from"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t, path: t.pop(path + "biases"), "weight has no .biases beside it"),
+        (
+            lambda t, path: t.update({path + "weight": t[path + "weight"].view(np.int32)}),
+            "weight is int32, not uint32",
+        ),
+        (
+            lambda t, path: t.update({path + "biases": t[path + "biases"][:, :1].copy()}),
+            "biases is (128, 1), 4 bits in groups of 64, affine ask for (128, 2)",
+        ),
+    ],
+    ids=["no biases", "signed codes", "narrow biases"],
+)
+def test_a_damaged_packed_module_is_named(
+    run: Run, tmp_path: Path, change: Callable[[Tensors, str], object], words: str
+) -> None:
+    source = sources.read_source(DEMO)
+    packed, _, quantization = quantizing.quantize(sources.mlx_tensors(source), 4, "F16")
+    folder = source_folders.write_mlx_vlm(
+        tmp_path / "q4", source, tensors=packed, quantization=quantization
+    )
+    path = "language_model.model.layers.0.self_attn.o_proj."
+    damage(folder, lambda tensors: change(tensors, path))
+    for words_of_command in (("generate", "-p", "hi", "--model", folder), ("inspect", folder)):
+        assert path + words in run(*words_of_command).refused()
+
+
 class Hostile:
     """Pickles to a call of a shell command."""
 
@@ -211,6 +245,10 @@ def test_a_hostile_pickle_is_refused_by_name_and_runs_nothing(
         ({"vision_config": [1]}, "vision_config must be an object, not [1]"),
         ({"text_config__rope_parameters": "yarn"}, "rope_parameters must be an object"),
         ({"text_config__num_key_value_heads": 0}, "must be a whole number above 0, not 0"),
+        ({"text_config__eos_token_id": "x"}, "eos_token_id must be a token's number"),
+        ({"text_config__eos_token_id": [None]}, "eos_token_id must be a token's number"),
+        ({"vision_config__out_indices": [3]}, "unknown vision_config keys out_indices"),
+        ({"vision_config__model_args__embed_dims": [16, 24, 48, 96, 192]}, "24 is no multiple"),
         ({"text_config__vocab_size": True}, "must be a whole number above 0, not True"),
         ({"text_config__hidden_size": 10**30}, "hidden_size must be a whole number"),
     ],

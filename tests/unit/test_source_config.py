@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastvlm_mlx.checkpoint.source_config import (
-    read_config,
-    read_picture_form,
-    require_fastvlm,
-    stated_tied,
-)
+from fastvlm_mlx.checkpoint.source_config import read_config, read_picture_form
+from fastvlm_mlx.checkpoint.source_keys import require_fastvlm, stated_tied
 from fastvlm_mlx.config import PRESETS, ModelConfig, QuantConfig, VisionConfig
 from fastvlm_mlx.errors import ConfigError
 

@@ -424,7 +424,9 @@ def test_widths_that_groups_do_not_divide_are_refused(
     edit_config(folder, intermediate_size=400)
     for name in ("gate_proj", "up_proj"):
         edit_tensors(folder, lambda t, n=name: _rows(t, path.replace("down_proj", n), 400))
-    with pytest.raises(CheckpointMismatch, match=r"down_proj\.scales says that \(128, 400\)"):
+    with pytest.raises(
+        CheckpointMismatch, match=r"down_proj\.scales has no place: .* \(128, 400\)"
+    ):
         load(folder)
 
 
