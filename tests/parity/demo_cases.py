@@ -69,6 +69,12 @@ _DESCRIBE = (
     "Tell me what you see.",
 )
 _COLOUR = ("What colour is it?", "What colour is this?", "Which colour do you see?")
+# Not a description: "Describe the second image." of a pair may be answered in the same words.
+_PLACE = (
+    "What is to the left of the square?",
+    "What colour is the shape on the left?",
+    "Where is the circle?",
+)
 _PAIR = (
     "Describe both images.",
     "Describe the pictures.",
@@ -82,7 +88,7 @@ GROUPS: tuple[Group, ...] = (
     Group({"text only": ()}, ("Who are you?", "What can you do?", "Thank you!", "Help")),
     Group({"one image": ("red circle",), "other image": ("blue square",)}, _COLOUR),
     Group({"portrait": ("portrait",)}, _DESCRIBE),
-    Group({"landscape": ("landscape",)}, _DESCRIBE),
+    Group({"landscape": ("landscape",)}, _PLACE),
     Group({"count": ("three",)}, ("How many circles are there?", "Count the circles.")),
     Group(
         {
