@@ -8,8 +8,8 @@
 
 VENV ?= .venv
 PYTEST_ARGS ?=
-IMAGE ?= examples/images/four_stars_and_a_triangle.png
-QUESTION ?= How many stars are there?
+IMAGE ?= examples/images/three_crosses_and_a_star.png
+QUESTION ?= How many crosses are there?
 
 # On Linux the MLX backend is an extra; on macOS MLX brings Metal itself.
 ifeq ($(shell uname -s),Linux)

@@ -524,7 +524,7 @@ def test_a_prompt_beyond_the_context_is_refused_not_cut(run: Run) -> None:
         (["--memory-limit", "8"], "'8' is no size"),
         (["--memory-limit", "-1GB"], "'-1GB' is no size"),
         (["--memory-limit", "0GB"], "'0GB' is no size"),
-        (["--temperature", "-1"], "temperature must be >= 0, not -1.0"),
+        (["--temperature", "-1"], "temperature must be >= 0 and finite, not -1.0"),
         (["--temperature", "nan"], "temperature must be >= 0"),
         (["--top-p", "0"], "top_p must be in (0, 1]"),
         (["--top-k", "-1"], "top_k must be >= 0"),
