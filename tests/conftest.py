@@ -22,6 +22,8 @@ os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """The engine's CPU policy for tests that call the model directly: no compiler is ever run."""
+    import fastvlm_mlx  # noqa: F401 (before mlx.core, so that OpenBLAS takes the slow BLAS's place)
+
     if sys.platform == "linux" and shutil.which("g++") is None:
         _let_mlx_trace_compiled_functions()
     from fastvlm_mlx.backend import select_device

@@ -222,7 +222,7 @@ def test_a_hub_name_is_downloaded_with_its_size_said_first(
     words = ("generate", red_circle, *QUESTION, "--model", "org/demo")
     first = wait(spawn(*words, env=environment))
     assert first.code == 0, first
-    assert re.fullmatch(r"fastvlm: Downloading org/demo \(4\.\d MB\)\n", first.err)
+    assert re.fullmatch(r"fastvlm: Downloading org/demo \(4\.\d+ MB\)\n", first.err)
     assert first.out == run("generate", red_circle, *QUESTION, *DEMO).out
     offline = wait(spawn(*words, env=environment | {"HF_HUB_OFFLINE": "1"}))
     assert (offline.code, offline.out, offline.err) == (0, first.out, "")
