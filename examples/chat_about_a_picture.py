@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fastvlm_mlx as fv
+
+IMAGES = Path(__file__).parent / "images"
 
 QUESTIONS = ("Describe the image.", "What shape is on the left?", "What colour is the circle?")
 
@@ -10,7 +14,7 @@ QUESTIONS = ("Describe the image.", "What shape is on the left?", "What colour i
 def main() -> None:
     engine = fv.load("demo")
     chat = engine.chat()
-    images = [engine.encode("examples/images/three_shapes_landscape.png")]
+    images = [engine.encode(IMAGES / "three_shapes_landscape.png")]
     for question in QUESTIONS:
         print(f"> {question}")
         for event in chat.stream(question, images=images):

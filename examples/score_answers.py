@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import fastvlm_mlx as fv
 
-PICTURE = "examples/images/red_circle.png"
+IMAGES = Path(__file__).parent / "images"
+
+PICTURE = IMAGES / "red_circle.png"
 QUESTION = "Describe the image."
 ANSWERS = ("A red circle.", "A blue circle.", "A red square.")
 

@@ -55,6 +55,9 @@ _blas.preload()
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] in ("engine", "generate.session"):
+        # Before anything imports mlx.core, whose own ImportError says nothing of the fix.
+        importlib.import_module(f"{__name__}.backend").require_backend()
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

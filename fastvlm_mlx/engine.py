@@ -41,13 +41,17 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Engine:
     """A loaded model. `source` is the folder it came from, `layout` that folder's layout."""
 
     pipeline: Pipeline
     source: Path
     layout: str
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("mlx.core.")
+        return f"Engine({str(self.source)!r}, layout={self.layout!r}, dtype={dtype!r})"
 
     @property
     def config(self) -> ModelConfig:

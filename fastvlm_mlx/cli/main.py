@@ -7,6 +7,7 @@ for Ctrl-C, 1 for a bug of ours) and nothing of models.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import logging
@@ -100,12 +101,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(_click_line(error, words))
     except FastVLMError as error:
         return _fail(str(error))
+    except ImportError as error:
+        return _fail_import(error, words)
     except Exception as error:
-        if "-v" in words or "--verbose" in words:
-            traceback.print_exc()
-        why = f"{type(error).__name__}: {error}"
-        return _fail(f"a bug in fastvlm, please report it with what -v says: {why}", code=1)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _fail("the answer cannot be written: no space left on the device")
+        return _fail_bug(error, words)
     return code if isinstance(code, int) else 0
+
+
+def _fail_import(error: ImportError, words: Sequence[str]) -> int:
+    """Say what MLX lacks, if that is why a module could not be imported."""
+    from fastvlm_mlx.backend import require_backend
+
+    try:
+        require_backend()
+    except FastVLMError as cause:
+        return _fail(str(cause))
+    return _fail_bug(error, words)
+
+
+def _fail_bug(error: Exception, words: Sequence[str]) -> int:
+    if "-v" in words or "--verbose" in words:
+        traceback.print_exc()
+    why = f"{type(error).__name__}: {error}"
+    return _fail(f"a bug in fastvlm, please report it with what -v says: {why}", code=1)
 
 
 def _fail(message: str, *, code: int = 2) -> int:

@@ -168,12 +168,12 @@ def _decode(data: bytes, name: str) -> Image.Image:
                 image: Image.Image = Image.open(io.BytesIO(data), formats=_formats(data))
             size = image.size
         if size[0] * size[1] > MAX_PIXELS:
-            raise _bomb(name, f"{size[0]}x{size[1]} pixels")
+            raise _bomb(name, f"is {size[0]}x{size[1]} pixels")
         return image if heif is None else heif.to_pillow()
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise _bomb(name, "more pixels") from error
+        raise _bomb(name, "is a giant") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture in a known format") from error
     except Exception as error:  # Pillow's plugins raise anything from OSError to struct.error
@@ -249,7 +249,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 def _bomb(name: str, size: str) -> ImageError:
     limit = MAX_PIXELS // 10**6
-    return ImageError(f"{name} has {size}, over the limit of {limit} megapixels: make it smaller")
+    return ImageError(f"{name} {size}, over the limit of {limit} megapixels: make it smaller")
 
 
 def _broken(name: str, error: Exception) -> ImageError:

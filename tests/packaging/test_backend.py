@@ -165,3 +165,18 @@ def test_asking_for_a_gpu_where_there_is_none_is_one_line() -> None:
     )
     said = select_in_fresh_process(body)
     assert said == "True" or said.startswith("False no GPU is usable here")
+
+
+@linux_only
+@pytest.mark.parametrize("words", [["generate", "-p", "Hello"], ["inspect", "demo"]])
+def test_the_command_says_so_too(tmp_path: Path, words: list[str]) -> None:
+    """`pip install .` without an extra, the likeliest slip, was reported as a bug of ours."""
+    add_mlx_without_library(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
+        f"from fastvlm_mlx.cli.main import main; sys.exit(main({words!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fastvlm: error: MLX ")
+    assert "bug" not in done.stderr
