@@ -6,6 +6,7 @@ that loaded it, since MLX's arrays belong to that thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 from fastvlm_mlx.sampling import GREEDY, Sampling
 
 __all__ = ["EncodedImage", "Engine", "load"]
+
+log = logging.getLogger("fastvlm_mlx")
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Folding and casting hold one module's source beside its result.
@@ -235,7 +238,7 @@ def load(
         image_mode=checkpoint.config.image_mode,
     )
     checkpoint = decide_tied(checkpoint)
-    dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit, say)
+    dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit)
     needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
     require_memory(needed, limit=memory_limit, what=str(model))
     network = load_model(
@@ -260,14 +263,12 @@ def _named(what: str, progress: Progress | None) -> Callable[[int, int], None] |
     return None if progress is None else lambda done, total: progress(done, total, what)
 
 
-def _dequantize(
-    checkpoint: Checkpoint, dtype: mx.Dtype, wanted: bool, limit: int | None, say: Say | None
-) -> bool:
+def _dequantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: bool, limit: int | None) -> bool:
     """Whether to unpack quantized weights: only if wanted, and if the result fits in memory."""
     if not checkpoint.quantized_paths or not wanted:
         return False
     needed = checkpoint.resident_bytes(dtype, dequantize=True) * _LOADING_SHARE
     fits = needed <= min(free_bytes(), limit if limit is not None else needed)
-    if not fits and say is not None:
-        say("not enough memory to dequantize: weights stay quantized, which is slow on a CPU")
+    if not fits:
+        log.warning("not enough memory to dequantize: weights stay quantized, slow on a CPU")
     return fits

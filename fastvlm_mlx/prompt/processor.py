@@ -99,4 +99,4 @@ class Processor:
         Raises ImageError or FetchError, naming the source.
         """
         image = open_image(source, background=background)
-        return fit(image, size or self.image_size, mode or self.image_mode)
+        return fit(image, self.image_size if size is None else size, mode or self.image_mode)

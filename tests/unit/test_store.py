@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import fastvlm_mlx as fv
 from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.memory import (
     _cgroup_rooms,
@@ -611,3 +612,17 @@ def test_a_gpu_with_memory_of_its_own_is_asked_for_it(monkeypatch: pytest.Monkey
     """MLX's CUDA backend says `free_memory`; this machine's answer stands in for a GPU's."""
     monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "GPU", "free_memory": 12345})
     assert free_bytes() == 12345
+
+
+def test_weights_that_do_not_fit_unpacked_stay_packed_and_that_is_said(
+    source: sources.Source, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_packed(tmp_path / "q", source, 4)
+    checkpoint = open_checkpoint(folder)
+    sizes = [checkpoint.resident_bytes(mx.float32, dequantize=flag) for flag in (False, True)]
+    between = int(sum(sizes) / 2 * 1.2)
+    with caplog.at_level(logging.WARNING, "fastvlm_mlx"):
+        engine = fv.load(folder, device="cpu", memory_limit=between)
+    assert "stay quantized" in caplog.text
+    names = [name for name, _ in tree_flatten(engine.pipeline.model.parameters())]
+    assert any(name.endswith(".scales") for name in names)
