@@ -64,6 +64,28 @@ def fuse_module(
         return _attention_block(unit)
 
 
+def reparameterize_module(path: str, weights: Weights) -> Weights:
+    """Return a module's canonical arrays with the branches of each convolution unit as one.
+
+    That is the inference form that checkpoints are exchanged in: the 7x7's BatchNorm, LayerNorm and
+    layer scales stay apart. A module already in that form comes back with the same values. Takes
+    `weights` as `fuse_module` does, names are relative to `path`. The units are float32 and lazy, on
+    the CPU stream; all else is as it was. Raises KeyError with the name of a missing array.
+    """
+    with mx.stream(mx.cpu):
+        unit = _Reader(weights)
+        if path.endswith("pos_emb"):
+            folded = _pos_emb(unit)
+        else:
+            folded = {}
+            for name in ("0", "1", "2", "conv", "mixer"):
+                if unit.has(name):
+                    fold = _mixer(unit) if name == "mixer" else _unit(unit.under(name))
+                    folded |= {f"{name}.weight": fold[0], f"{name}.bias": fold[1]}
+    rest = {name: weights.pop(name) for name in list(weights)}
+    return folded | rest
+
+
 class _Reader:
     """Named arrays under one prefix, handed out once each, in float32."""
 

@@ -29,6 +29,34 @@ def test_folded_tower_equals_timm(form: str, case: str) -> None:
     assert small_tower.relative_rms(tower, case) < TOLERANCE
 
 
+def _reparameterized(form: str) -> dict[str, mx.array]:
+    weights = small_tower.canonical_weights(form)
+    whole = {}
+    for path in fuse.module_paths(small_tower.CONFIG):
+        group = {
+            name.removeprefix(f"{path}."): weights.pop(name)
+            for name in list(weights)
+            if name.startswith(f"{path}.")
+        }
+        arrays = fuse.reparameterize_module(path, group)
+        assert not group
+        whole |= {f"{path}.{name}": array for name, array in arrays.items()}
+    return whole
+
+
+def test_reparameterized_training_form_is_the_inference_form_and_computes_the_same() -> None:
+    training, fused = _reparameterized("training"), small_tower.canonical_weights("fused")
+    assert {n: a.size for n, a in training.items()} == {n: a.size for n, a in fused.items()}
+    tower = small_tower.tower(small_tower.folded(training))
+    assert small_tower.relative_rms(tower, "training_128") < TOLERANCE
+
+
+def test_reparameterizing_the_inference_form_changes_no_value() -> None:
+    fused = small_tower.canonical_weights("fused")
+    again = _reparameterized("fused")
+    assert all(mx.array_equal(again[name], fused[name]) for name in fused | again)
+
+
 def _shift(kernel: mx.array) -> mx.array:
     """Move a kernel by one tap."""
     return mx.roll(kernel, 1, axis=2)
