@@ -41,7 +41,7 @@ def decide_tied(checkpoint: Checkpoint) -> Checkpoint:
     No head, or an equal one, is tied. Where one is stored, it and the embedding are read: less
     than the model itself will take. Raises CheckpointError for a file that cannot be read.
     """
-    with _nothing_cached():
+    with nothing_cached():
         tied = checkpoint.config.decoder.tied or _equal_head(checkpoint)
     if checkpoint.stated_tied and not tied:
         log.warning("config.json says the head is tied, but lm_head differs: using lm_head")
@@ -72,7 +72,7 @@ def load_model(
     """
     weights = []
     total, done = checkpoint.stored_bytes, 0
-    with _nothing_cached():
+    with nothing_cached():
         for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize):
             weights.append((name, array))
             done += stored_bytes
@@ -87,7 +87,7 @@ def load_model(
 
 
 @contextmanager
-def _nothing_cached() -> Iterator[None]:
+def nothing_cached() -> Iterator[None]:
     """Hand freed source buffers back, which MLX would otherwise keep beside the weights."""
     limit = mx.set_cache_limit(0)
     try:
@@ -128,40 +128,70 @@ def _tower(
     checkpoint: Checkpoint, reader: TensorReader, dtype: mx.Dtype
 ) -> Iterator[tuple[str, mx.array, int]]:
     """Fold the tower; raises CheckpointMismatch for arrays missing, left over or mis-shaped."""
-    shapes = checkpoint.shapes
-    source = checkpoint.tower
-    where = checkpoint.layout.name if source is None else f"{source.folder}: {source.layout.name}"
     for path in module_paths(checkpoint.config.vision):
         prefix = f"vision.{path}."
-        tensors = {n: t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        tensors = module_tensors(checkpoint, path)
         stored_bytes = sum(tensor.stored.nbytes for tensor in tensors.values())
-        group = {name.removeprefix(prefix): t.read(reader) for name, t in tensors.items()}
-        try:
-            fused = fuse_module(
-                path, group, checkpoint.config.vision, pixel_scale=pixel_fold(dtype)
-            )
-        except KeyError as error:
-            raise CheckpointMismatch(
-                f"{where}: {prefix}{error.args[0]} is missing (present: {first_few(tensors)})"
-            ) from error
-        except ValueError as error:
-            raise CheckpointMismatch(f"{where}: {prefix}* do not fit together: {error}") from error
-        if group:
-            left = first_few([tensors[prefix + name].stored.name for name in group])
-            raise CheckpointMismatch(f"{where}: tensors without a place: {left}")
+        group = {name: tensor.read(reader) for name, tensor in tensors.items()}
+        fused = _folded(checkpoint, path, group, pixel_scale=pixel_fold(dtype))
         for name in list(fused):
             array = fused.pop(name)
-            if tuple(array.shape) != shapes[prefix + name]:
-                raise CheckpointMismatch(
-                    f"{where}: {prefix}{name} is {tuple(array.shape)}, "
-                    f"the config asks for {shapes[prefix + name]}"
-                )
             array = array.astype(target_dtype(prefix + name, dtype), stream=mx.cpu)
             # A transposed or strided array would be copied by every forward that reads it.
             array = mx.contiguous(array, stream=mx.cpu)
             mx.eval(array)
             yield prefix + name, array, stored_bytes
             stored_bytes = 0
+
+
+def module_tensors(checkpoint: Checkpoint, path: str) -> dict[str, MappedTensor]:
+    """Return the stored tensors of a tower module (`fuse.module_paths`) by their name in it."""
+    prefix = f"vision.{path}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def check_tower(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointMismatch if the stored tower would not fold into the config's; reads nothing.
+
+    Names and shapes alone are folded: arrays of zeros that are never evaluated.
+    """
+    for path in module_paths(checkpoint.config.vision):
+        tensors = module_tensors(checkpoint, path)
+        zeros = {name: mx.zeros(tensor.shape) for name, tensor in tensors.items()}
+        _folded(checkpoint, path, zeros, pixel_scale=1.0)
+
+
+def _folded(
+    checkpoint: Checkpoint, path: str, group: dict[str, mx.array], *, pixel_scale: float
+) -> dict[str, mx.array]:
+    """Fold one module's arrays, which are all taken, into what the config asks for."""
+    source = checkpoint.tower
+    where = checkpoint.layout.name if source is None else f"{source.folder}: {source.layout.name}"
+    prefix = f"vision.{path}."
+    names = sorted(group)
+    try:
+        fused = fuse_module(path, group, checkpoint.config.vision, pixel_scale=pixel_scale)
+    except KeyError as error:
+        present = first_few([prefix + name for name in names])
+        raise CheckpointMismatch(
+            f"{where}: {prefix}{error.args[0]} is missing (present: {present})"
+        ) from error
+    except ValueError as error:
+        raise CheckpointMismatch(f"{where}: {prefix}* do not fit together: {error}") from error
+    if group:
+        left = first_few([checkpoint.tensors[prefix + name].stored.name for name in group])
+        raise CheckpointMismatch(f"{where}: tensors without a place: {left}")
+    for name, array in fused.items():
+        if tuple(array.shape) != checkpoint.shapes[prefix + name]:
+            raise CheckpointMismatch(
+                f"{where}: {prefix}{name} is {tuple(array.shape)}, "
+                f"the config asks for {checkpoint.shapes[prefix + name]}"
+            )
+    return fused
 
 
 def _packed(checkpoint: Checkpoint, path: str) -> dict[str, MappedTensor]:
