@@ -1,1 +1,1 @@
-"""Weights in, quantized weights out (imported as `fastvlm_mlx.quantize`). Empty so far."""
+"""Weights in, packed weights out, and what that cost (imported as `fastvlm_mlx.quantize`)."""
