@@ -19,7 +19,22 @@ from fastvlm_mlx.errors import one_line
 
 _APPEARS_AFTER_S = 1.0
 _REDRAWN_EVERY_S = 0.2
+_BAR_WIDTH = 20
 _ERASE = "\r\x1b[K"
+
+
+def progress_line(done: int, total: int, what: str, elapsed: float) -> str:
+    """Return a bar, bytes done of bytes in all, and the time left after `elapsed` seconds."""
+    if not total:
+        return what
+    full = _BAR_WIDTH * done // total
+    bar = "#" * full + "-" * (_BAR_WIDTH - full)
+    line = f"{what} [{bar}] {readable_bytes(done)} of {readable_bytes(total)}"
+    if 0 < done < total and elapsed >= _APPEARS_AFTER_S:
+        seconds = round(elapsed * (total - done) / done)
+        minutes, seconds = divmod(seconds, 60)
+        line += f", {minutes} min {seconds:02} s left" if minutes else f", {seconds} s left"
+    return line
 
 
 class Console:
@@ -31,6 +46,8 @@ class Console:
         self._live = stream.isatty() and os.environ.get("TERM") != "dumb"
         self._what = ""
         self._since = 0.0
+        self._measured = ""
+        self._measured_since = 0.0
         self._drawn = False
         self._idle = threading.Event()
         self._ticker: threading.Thread | None = None
@@ -51,10 +68,15 @@ class Console:
                 self._ticker.start()
 
     def report(self, done: int, total: int, what: str) -> None:
-        """Say how many bytes of how many are done; `what` replaces what `start` said."""
-        share = f"{100 * done // total}% of " if total else ""
+        """Say how many bytes of how many are done; `what` replaces what `start` said.
+
+        A new `what` starts the clock that the time left is reckoned by.
+        """
         with self._lock:
-            self._what = f"{what}: {share}{readable_bytes(total)}"
+            if what != self._measured:
+                self._measured, self._measured_since = what, time.monotonic()
+            elapsed = time.monotonic() - self._measured_since
+            self._what = progress_line(done, total, what, elapsed)
 
     def close(self) -> None:
         """Erase the live line and end it."""

@@ -11,24 +11,39 @@ import errno
 import importlib
 import io
 import logging
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.cli.artifacts import TYPED
 from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import verbose_option
 from fastvlm_mlx.errors import FastVLMError, one_line
 
-_COMMANDS = ("generate", "preview", "inspect")
+_COMMANDS = ("generate", "preview", "inspect", "convert", "quantize", "export-app")
 
 log = logging.getLogger("fastvlm_mlx")
 
 
 class _Commands(click.Group):
-    """Subcommands by the name of their module."""
+    """Subcommands by the name of their module; `meta` keeps the command line as typed."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        typed = shlex.join([info_name or "fastvlm", *args])
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[TYPED] = typed
+        return context
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 (click's name)
         return list(_COMMANDS)
@@ -40,7 +55,8 @@ class _Commands(click.Group):
     ) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"fastvlm_mlx.cli.{cmd_name}").command
+        module = cmd_name.replace("-", "_")
+        command: click.Command = importlib.import_module(f"fastvlm_mlx.cli.{module}").command
         return command
 
 

@@ -1,0 +1,140 @@
+"""`fastvlm quantize`: any checkpoint to a smaller MLX folder, and what that costs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastvlm_mlx.cli.artifacts import (
+    TYPED,
+    artifact_options,
+    common,
+    dtype_option,
+    print_artifact,
+)
+from fastvlm_mlx.cli.console import Console
+from fastvlm_mlx.cli.options import Command, option
+from fastvlm_mlx.config import QUANT_MODES
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.quantize.recipes import Policy, RecipeName
+
+
+class PolicyType(click.ParamType):
+    """A number of bits, or float."""
+
+    name = "bits"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if isinstance(value, int) or value == "float":
+            return value
+        if not value.isdecimal():
+            self.fail(f"{value!r} is no number of bits: use one, or float", param, ctx)
+        return int(value)
+
+
+@click.command("quantize", cls=Command, short_help="Make a model smaller, and say what it costs.")
+@artifact_options
+@option(
+    "Numbers",
+    "--bits",
+    type=int,
+    help="Bits a weight; 16 is float16, nothing packed.  [default: 4, or the mode's own]",
+)
+@option("Numbers", "--mode", type=click.Choice(list(QUANT_MODES)), default="affine",
+        show_default=True, help="How groups of weights are packed.")  # fmt: skip
+@option("Numbers", "--group-size", type=int, help="Weights that share a scale.  [default: 64, or "
+        "the mode's own]")  # fmt: skip
+@option(
+    "Numbers",
+    "--recipe",
+    type=click.Choice(["uniform", "balanced"]),
+    default="balanced",
+    show_default=True,
+    help="All modules alike, or those that matter most kept wider.",
+)
+@option("Numbers", "--embeddings", type=PolicyType(), metavar="BITS|float",
+        help="Embeddings and head.  [default: the recipe's]")  # fmt: skip
+@option("Numbers", "--projector", type=PolicyType(), metavar="BITS|float", default="float",
+        show_default=True, help="The projector.")  # fmt: skip
+@dtype_option
+@option("Report", "--report", is_flag=True, help="Measure what was lost; write report.json too.")
+@option(
+    "Report",
+    "--report-picture",
+    "pictures",
+    multiple=True,
+    metavar="IMAGE",
+    help="Measure on this picture instead of the bundled ones; may be repeated.",
+)
+@click.pass_context
+def command(
+    context: click.Context,
+    source: str,
+    destination: Path,
+    vision_from: str | None,
+    overwrite: bool,
+    bits: int | None,
+    mode: str,
+    group_size: int | None,
+    recipe: RecipeName,
+    embeddings: Policy | None,
+    projector: Policy,
+    dtype: str | None,
+    report: bool,
+    pictures: tuple[str, ...],
+) -> None:
+    """Write a checkpoint with its decoder packed into fewer bits. The vision tower stays float.
+
+    \b
+    fastvlm quantize apple/FastVLM-0.5B FastVLM-0.5B-4bit --bits 4 --report
+    fastvlm quantize ./FastVLM-7B-bf16 FastVLM-7B-mxfp4 --mode mxfp4
+    fastvlm quantize ./FastVLM-7B-bf16 FastVLM-7B-f16 --bits 16
+
+    SRC is a float model in any layout, a hub name, or demo, and is never changed. DST is what
+    `fastvlm convert` writes, quantized. --report runs both models, one after the other, on real
+    answers and compares each next token's probabilities.
+    """
+    from fastvlm_mlx.convert.pipeline import convert
+    from fastvlm_mlx.quantize.recipes import make_recipe
+
+    console: Console = context.obj
+    make = None
+    if bits == 16:
+        _refuse_packing(context)
+        dtype = dtype or "float16"
+    else:
+        make = partial(
+            make_recipe,
+            recipe,
+            bits=bits or (4 if mode == "affine" else QUANT_MODES[mode][0][0]),
+            mode=mode,
+            group_size=group_size,
+            embeddings=embeddings,
+            projector=projector,
+        )
+    artifact = convert(
+        source,
+        destination,
+        dtype=dtype,
+        recipe=None if make is None else lambda layers: make(num_layers=layers),
+        vision_from=vision_from,
+        overwrite=overwrite,
+        **common(console, context.meta[TYPED]),
+    )
+    console.close()
+    print_artifact(artifact)
+
+
+def _refuse_packing(context: click.Context) -> None:
+    """Refuse options that say how to pack where nothing is packed."""
+    for name in ("mode", "group_size", "recipe", "embeddings", "projector"):
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--bits 16 packs nothing: leave out --{name.replace('_', '-')}", context
+            )
