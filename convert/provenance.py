@@ -12,13 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+
+from fastvlm_mlx.checkpoint.hub import is_license_file
 
 APPLE_LICENSE = "apple-amlr"
 _OWN_LICENSE = "same-as-fastvlm-mlx"
-
-LICENSE_PATTERNS = ("LICENSE*", "LICENCE*", "NOTICE*")
 
 _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@.+)?")
 # What may go from a stranger's card into ours.
@@ -74,11 +73,7 @@ def find_provenance(source_folder: Path, source_name: str) -> Provenance:
 def find_license_files(folder: Path) -> tuple[Path, ...]:
     """Return the source's licence and notice files, by name; they must travel with the weights."""
     return tuple(
-        path
-        for path in sorted(folder.iterdir())
-        if any(fnmatchcase(path.name.upper(), pattern) for pattern in LICENSE_PATTERNS)
-        and path.suffix not in (".py", ".bin", ".safetensors")
-        and path.is_file()
+        path for path in sorted(folder.iterdir()) if is_license_file(path.name) and path.is_file()
     )
 
 

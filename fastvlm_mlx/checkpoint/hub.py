@@ -35,8 +35,11 @@ _SMALL_FILES = (
     _CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "preprocessor_config.json", "processor_config.json", "chat_template.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "README.md",
 )  # fmt: skip
+# They travel with the weights: what is made of a model must hold its licence too.
+_LICENSE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*")
+_NO_TEXT = (".py", ".bin", ".safetensors")
 # One kind of weights is fetched, the first found: the same numbers twice would double the wait.
 _WEIGHT_KINDS = (
     ("*.safetensors", "*.safetensors.index.json"),
@@ -116,13 +119,19 @@ def _place(text: str) -> Path | tuple[str, str | None]:
     return match["repo"], match["revision"]
 
 
+def is_license_file(name: str) -> bool:
+    """Whether a file at the top of a model's folder is its licence or a notice, by its name."""
+    named = any(fnmatchcase(name.upper(), pattern) for pattern in _LICENSE_FILES)
+    return named and not name.lower().endswith(_NO_TEXT)
+
+
 def needed_files(names: Iterable[str]) -> list[str]:
     """The files of a repository that a checkpoint needs, small ones first, weights last.
 
     Only files at its top; never code. Raises FetchError if it holds no config or no weights.
     """
     present = sorted(name for name in names if "/" not in name and "\\" not in name)
-    small = [name for name in present if name in _SMALL_FILES]
+    small = [name for name in present if name in _SMALL_FILES or is_license_file(name)]
     if _CONFIG not in small:
         raise FetchError("holds no config.json, so it is no model this program can read")
     for weights, index in _WEIGHT_KINDS:

@@ -147,7 +147,7 @@ def test_only_the_files_a_model_needs_are_fetched_and_never_code(
 ) -> None:
     names = {
         "config.json", "tokenizer.json", "generation_config.json", "chat_template.jinja",
-        "merges.txt", "model.safetensors",
+        "merges.txt", "model.safetensors", "LICENSE", "README.md",
     }  # fmt: skip
     assert set(online["org/whole"]["files"]) == names == fetched(server, "org/whole")
     assert not any(".py" in request.path for request in server.requests)
@@ -169,7 +169,7 @@ def test_the_size_is_said_before_anything_is_fetched_and_progress_ends_at_it(
     outcome = online["org/whole"]
     assert outcome["said"] == ["Downloading org/whole (5.01 kB)"]
     counts = [done for done, _, _ in outcome["progress"]]
-    assert counts == sorted(counts) and counts[-1] == sum(outcome["files"].values()) == 5007
+    assert counts == sorted(counts) and counts[-1] == sum(outcome["files"].values()) == 5008
     assert {total for _, total, _ in outcome["progress"]} == {5007}
     assert outcome["progress"][-1][2] == "model.safetensors"
 
@@ -324,6 +324,14 @@ def test_weights_come_last_and_their_index_just_before_them() -> None:
     assert needed_files(files) == [
         "config.json", "vocab.json", "z.safetensors.index.json", "a.safetensors",
     ]  # fmt: skip
+
+
+def test_a_models_licence_comes_with_it_but_no_code_by_that_name() -> None:
+    """Apple's licence must be handed on with the weights, also with converted ones."""
+    files = ["LICENSE", "LICENSE_MODEL", "license.txt", "NOTICE.md", "README.md"]
+    others = ["LICENSE.py", "license.bin", "docs/LICENSE", "README", "A_LICENSE"]
+    weights = ["config.json", "model.safetensors"]
+    assert set(needed_files([*files, *others, *weights])) == {*files, *weights}
 
 
 def test_a_full_disk_is_one_line() -> None:
