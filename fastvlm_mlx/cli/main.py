@@ -2,7 +2,7 @@
 
 A subcommand is `fastvlm_mlx.cli.NAME.command`, imported on use; its module imports what is heavy
 inside its functions, so `--help` stays quick. Knows exit codes (0, 2 for a user's mistake, 130
-for Ctrl-C, 1 for a bug of ours) and nothing of models.
+for Ctrl-C, 1 for a bug of ours and for a check that fails) and nothing of models.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import verbose_option
 from fastvlm_mlx.errors import FastVLMError, one_line
 
-_COMMANDS = ("generate", "preview", "inspect", "convert", "quantize", "export-app")
+_COMMANDS = ("generate", "preview", "inspect", "convert", "quantize", "export-app", "verify")
 
 log = logging.getLogger("fastvlm_mlx")
 
