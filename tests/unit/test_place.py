@@ -505,6 +505,48 @@ def test_an_error_between_the_two_renames_puts_the_old_folder_back(
     assert names(tmp_path) == ["out"] and (dst / "config.json").read_text() == "old"
 
 
+def test_another_runs_check_between_the_two_renames_puts_nothing_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dst = model_folder(tmp_path / "out", "old")
+    rename, checked = Path.rename, []
+
+    def watched(path: Path, target: Path) -> Path:
+        moved = rename(path, target)
+        if ".replaced-" in target.name:  # another descriptor's lock, as another process's is
+            check_destination(dst, overwrite=True, source=None)
+            checked.append(dst.exists())
+        return moved
+
+    with new_folder(dst, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+        monkeypatch.setattr(Path, "rename", watched)
+    assert checked == [False]
+    assert names(tmp_path) == ["out"] and (dst / "config.json").read_text() == "new"
+
+
+def test_a_replaced_folder_that_was_half_removed_never_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dst = model_folder(tmp_path / "out", "old")
+
+    def killed(folder: Path, **options: bool) -> None:
+        (folder / "config.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leftovers.shutil, "rmtree", killed)
+        with pytest.raises((KeyboardInterrupt, OSError)), new_folder(dst, overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+    (dst / "config.json").unlink()
+    dst.rmdir()
+    check_destination(dst, overwrite=False, source=None)
+    assert not dst.exists()
+    with new_folder(dst, overwrite=False):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
 def test_hidden_folders_of_other_names_and_kinds_are_left_alone(tmp_path: Path) -> None:
     kept = {
         ".out.partial-notes",
