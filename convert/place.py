@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastvlm_mlx.checkpoint.hub import is_license_file
 from fastvlm_mlx.checkpoint.memory import readable_bytes
 from fastvlm_mlx.convert import leftovers
 from fastvlm_mlx.errors import CheckpointError, one_line
 
-# What a model folder may hold, by path. Anything else is somebody's and is never removed.
+# What a model folder may hold, by path, licence files apart: those are named by `is_license_file`.
+# Anything else is somebody's and is never removed.
 _ARTIFACT_FILES = re.compile(
-    r"[^/]+\.safetensors(\.index\.json)?|[^/]+\.jinja|README\.md|LICEN[SC]E[^/]*|merges\.txt"
+    r"[^/]+\.safetensors(\.index\.json)?|[^/]+\.jinja|README\.md|merges\.txt"
     r"|(added_tokens|chat_template|config|generation_config|preprocessor_config|processor_config"
     r"|report|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json"
     r"|fastvithd\.mlpackage/(Manifest\.json|Data/.*\.mlmodel|Data/.*/weight\.bin)"
@@ -203,7 +205,8 @@ def _check_existing(dst: Path, place: Path, *, overwrite: bool) -> None:
             f"{dst} exists: add --overwrite to replace it, or choose another folder"
         )
     for name in sorted(_entries(place)):
-        if _ARTIFACT_FILES.fullmatch(name) is None:
+        is_license = "/" not in name and is_license_file(name)
+        if not is_license and _ARTIFACT_FILES.fullmatch(name) is None:
             raise CheckpointError(
                 f"{dst} holds {one_line(name)}, which is no part of a model folder: move it away"
             )

@@ -143,6 +143,8 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
         "pytorch_model.bin",
         "data.json",
         "sub/config.json",
+        "sub/LICENSE",
+        "license.py",
         ".git/HEAD",
         "fastvithd.mlpackage/notes.txt",
         "x.safetensors/notes.txt",
@@ -177,7 +179,8 @@ def test_every_file_of_an_artifact_may_be_replaced(tmp_path: Path) -> None:
         "model-00001-of-00002.safetensors model.safetensors.index.json generation_config.json "
         "preprocessor_config.json processor_config.json tokenizer.json tokenizer_config.json "
         "special_tokens_map.json added_tokens.json vocab.json merges.txt chat_template.jinja "
-        "chat_template.json README.md LICENSE LICENSE_MODEL report.json .DS_Store "
+        "chat_template.json README.md LICENSE LICENSE_MODEL License.txt NOTICE.md report.json "
+        ".DS_Store "
         "fastvithd.mlpackage/Manifest.json fastvithd.mlpackage/Data/com.apple.CoreML/model.mlmodel "
         "fastvithd.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     ).split():
