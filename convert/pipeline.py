@@ -18,7 +18,7 @@ from fastvlm_mlx.checkpoint.hub import resolve
 from fastvlm_mlx.checkpoint.load import check_tower, decide_tied, nothing_cached
 from fastvlm_mlx.checkpoint.store import FLOATS, Checkpoint, open_checkpoint
 from fastvlm_mlx.checkpoint.tensors import TensorReader, find_tensors, read_json
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import ModelConfig, VisionConfig
 from fastvlm_mlx.convert.keys import TOWER
 from fastvlm_mlx.convert.parts import Part, arrays_in_order, native_parts
 from fastvlm_mlx.convert.place import check_destination, new_folder, require_space
@@ -38,7 +38,9 @@ Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
 
 DTYPES = ("bfloat16", "float16", "float32")
-NATIVE_CONSUMERS = ("native", "mlx-vlm", "mlx-swift-lm")
+_NATIVE_CONSUMERS = ("native", "mlx-vlm", "mlx-swift-lm")
+# These have Apple's tower built in, whatever a config says.
+_FIXED_TOWER = ("mlx-vlm", "app")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,8 @@ def convert(
     if recipe is not None:
         settings, config = plan_quantization(found, recipe(config.decoder.num_layers), say)
     parts = native_parts(checkpoint, dtype, settings)
-    artifact = plan_artifact(destination, found, config, dtype, parts, NATIVE_CONSUMERS)
+    consumers = able(_NATIVE_CONSUMERS, config, say)
+    artifact = plan_artifact(destination, found, config, dtype, parts, consumers)
     floats = float_modules(checkpoint, settings) if config.quant else ()
 
     def write_files(folder: Path) -> None:
@@ -201,6 +204,16 @@ def float_modules(checkpoint: Checkpoint, settings: Mapping[str, Setting]) -> tu
     return tuple(path for path in paths if group_of(path) is not None and path not in packed)
 
 
+def able(consumers: tuple[str, ...], config: ModelConfig, say: Say) -> tuple[str, ...]:
+    """Return those consumers that could load a model of these sizes; say which could not."""
+    if config.vision == VisionConfig():
+        return consumers
+    unable = [name for name in consumers if name in _FIXED_TOWER]
+    if unable:
+        say(f"not for {', '.join(unable)}: Apple's tower is built in there, this one differs")
+    return tuple(name for name in consumers if name not in unable)
+
+
 def plan_artifact(
     destination: Path,
     source: Source,
@@ -259,9 +272,9 @@ def write_artifact(
         write_files(folder)
         check_written(folder, specs, progress=report("Checking"))
         check(folder)
-        for consumer in artifact.consumers:
-            require(folder, consumer)
-    return artifact
+        # mlx-vlm and Apple's app have the sizes of Apple's tower in their code.
+        met = tuple(consumer for consumer in artifact.consumers if require(folder, consumer))
+    return dataclasses.replace(artifact, consumers=met)
 
 
 def check_written(

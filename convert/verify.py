@@ -9,7 +9,7 @@ nothing of how a folder was made, and nothing of the tables that made it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -73,13 +73,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """A program that loads folders: the version that was read, and its requirements as data."""
+    """A program that loads folders: the version that was read, and its requirements as data.
+
+    `built_in_sizes` names the requirements that only a tower of Apple's size can meet, because the
+    program's code has its sizes; the first of them tells such a tower from others.
+    """
 
     name: str
     version: str
     sizes: Json
     requirements: tuple[Json, ...]
     sources: Mapping[str, str]
+    built_in_sizes: tuple[str, ...] = ()
 
     def cite(self, requirement: Json) -> str:
         """Return where a requirement comes from: repository@commit, or version, and path:line."""
@@ -95,7 +100,14 @@ def consumer(name: str) -> Consumer:
     file = resources.files("fastvlm_mlx.convert") / "consumers" / f"{name}.json"
     data: dict[str, Any] = json.loads(file.read_text("utf-8"))
     requirements = tuple(data["requirements"])
-    return Consumer(name, data["version"], data["sizes"], requirements, data["sources"])
+    return Consumer(
+        name,
+        data["version"],
+        data["sizes"],
+        requirements,
+        data["sources"],
+        tuple(data.get("built_in_sizes", ())),
+    )
 
 
 def verify(folder: Path, name: str) -> tuple[Finding, ...]:
@@ -117,13 +129,26 @@ def verify(folder: Path, name: str) -> tuple[Finding, ...]:
     return tuple(findings)
 
 
-def require(folder: Path, name: str) -> None:
-    """Raise CheckpointMismatch, naming the first requirements that a folder fails, if it does."""
-    failed = [finding for finding in verify(folder, name) if finding.passed is False]
-    if failed:
+def require(folder: Path, name: str) -> bool:
+    """Raise CheckpointMismatch, naming the first requirements that a folder fails, if it does.
+
+    Returns True if it meets them all, False if it is right but for the sizes of its tower, which
+    the consumer's code fixes: a small model then, which that program cannot run.
+    """
+    findings = verify(folder, name)
+    failed = [finding for finding in findings if finding.passed is False]
+    if failed and not only_sizes_differ(name, findings):
         said = "; ".join(f"{f.requirement}: {f.detail} [{f.cite}]" for f in failed[:2])
         more = f"; and {len(failed) - 2} more" if len(failed) > 2 else ""
         raise CheckpointMismatch(f"{folder} does not do for {name}: {said}{more}")
+    return not failed
+
+
+def only_sizes_differ(name: str, findings: Iterable[Finding]) -> bool:
+    """Whether all that fails is that the tower has other sizes than the consumer's code."""
+    sizes = consumer(name).built_in_sizes
+    failed = {finding.requirement for finding in findings if finding.passed is False}
+    return bool(sizes) and sizes[0] in failed and failed <= set(sizes)
 
 
 def consumers_of(folder: Path) -> tuple[str, ...]:
