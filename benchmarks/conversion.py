@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,13 @@ def write_tokenizer(folder: Path, rows: int) -> None:
     assert max(vocab.values()) < rows
 
 
-def values(shape: tuple[int, ...], dtype: str, seed: int) -> Iterator[bytes]:
-    """Normal values, in blocks; one random block a tensor is repeated, which no code can tell."""
+def values(key: str, shape: tuple[int, ...], dtype: str) -> Iterator[bytes]:
+    """Normal values seeded by the key; the first block is repeated, which no code can tell."""
     count = math.prod(shape)
     if dtype == "I64":
         yield bytes(8 * count)
         return
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(zlib.crc32(key.encode()))
     block = random.standard_normal(min(count, BLOCK), np.float32) * 0.02
     bits = (np.abs(block) + 1e-3 if len(shape) < 2 else block).view(np.uint32) >> 16
     halves = bits.astype(np.uint16)
@@ -153,8 +154,11 @@ def write_checkpoint(folder: Path, size: str) -> int:
         text += b" " * (-len(text) % 8)
         with (folder / name).open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for seed, (_, dtype, shape, _) in enumerate(shard):
-                file.writelines(values(shape, dtype, 1000 * number + seed))
+            for key, dtype, shape, _ in shard:
+                # In the smaller sizes the head is the embedding's copy.
+                copied = key == "lm_head.weight" and size != "7b"
+                seed = "model.embed_tokens.weight" if copied else key
+                file.writelines(values(seed, shape, dtype))
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return sum(row[3] for row in rows)

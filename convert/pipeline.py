@@ -55,7 +55,7 @@ class Source:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A folder: the model's sizes, the floats' dtype, the weights' bytes and how many bits that is
-    a weight, scales and all; the consumers it is checked for.
+    a weight, scales and all; the consumers it is checked for, and those that cannot load this model.
     """
 
     folder: Path
@@ -64,6 +64,7 @@ class Artifact:
     weight_bytes: int
     bits_per_weight: float
     consumers: tuple[str, ...]
+    unable: tuple[str, ...]
 
 
 def convert(
@@ -98,8 +99,7 @@ def convert(
     if recipe is not None:
         settings, config = plan_quantization(found, recipe(config.decoder.num_layers), say)
     parts = native_parts(checkpoint, dtype, settings)
-    consumers = able(_NATIVE_CONSUMERS, config, say)
-    artifact = plan_artifact(destination, found, config, dtype, parts, consumers)
+    artifact = plan_artifact(destination, found, config, dtype, parts, _NATIVE_CONSUMERS)
     floats = float_modules(checkpoint, settings) if config.quant else ()
 
     def write_files(folder: Path) -> None:
@@ -204,16 +204,6 @@ def float_modules(checkpoint: Checkpoint, settings: Mapping[str, Setting]) -> tu
     return tuple(path for path in paths if group_of(path) is not None and path not in packed)
 
 
-def able(consumers: tuple[str, ...], config: ModelConfig, say: Say) -> tuple[str, ...]:
-    """Return those consumers that could load a model of these sizes; say which could not."""
-    if config.vision == VisionConfig():
-        return consumers
-    unable = [name for name in consumers if name in _FIXED_TOWER]
-    if unable:
-        say(f"not for {', '.join(unable)}: Apple's tower is built in there, this one differs")
-    return tuple(name for name in consumers if name not in unable)
-
-
 def plan_artifact(
     destination: Path,
     source: Source,
@@ -222,7 +212,8 @@ def plan_artifact(
     parts: tuple[Part, ...],
     consumers: tuple[str, ...],
 ) -> Artifact:
-    """Return what the folder will be."""
+    """Return what the folder will be, checked for those `consumers` that know such a tower."""
+    unable = () if config.vision == VisionConfig() else _FIXED_TOWER
     shapes = source.checkpoint.shapes
     rest = (shape for name, shape in shapes.items() if not name.startswith("vision."))
     tower = (spec.shape for part in parts for spec in part.specs if spec.name.startswith(TOWER))
@@ -234,7 +225,8 @@ def plan_artifact(
         dtype=dtype,
         weight_bytes=nbytes,
         bits_per_weight=8 * nbytes / weights,
-        consumers=consumers,
+        consumers=tuple(name for name in consumers if name not in unable),
+        unable=tuple(name for name in consumers if name in unable),
     )
 
 
@@ -264,7 +256,7 @@ def write_artifact(
 
     original = source.checkpoint.folder
     with new_folder(artifact.folder, overwrite=overwrite, source=original) as folder:
-        require_space(folder, artifact.weight_bytes)
+        require_space(artifact.folder, artifact.weight_bytes)
         with nothing_cached():
             write_shards(folder, shards, arrays_in_order(parts), progress=report("Writing"))
         index = json.dumps(index_json(shards), indent=2) + "\n"

@@ -69,8 +69,8 @@ def reparameterize_module(path: str, weights: Weights) -> Weights:
 
     That is the inference form that checkpoints are exchanged in: the 7x7's BatchNorm, LayerNorm and
     layer scales stay apart. A module already in that form comes back with the same values. Takes
-    `weights` as `fuse_module` does, names are relative to `path`. The units are float32 and lazy, on
-    the CPU stream; all else is as it was. Raises KeyError with the name of a missing array.
+    `weights` as `fuse_module` does, names are relative to `path`. The units are float32 and lazy,
+    on the CPU stream; all else is as it was. Raises KeyError with the name of a missing array.
     """
     with mx.stream(mx.cpu):
         unit = _Reader(weights)

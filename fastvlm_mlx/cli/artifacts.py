@@ -5,6 +5,8 @@ Knows options and lines of text; the work is `fastvlm_mlx.convert`'s.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,7 +60,9 @@ def dtype_option(function: _Function) -> _Function:
 
 
 def common(console: Console, typed: str) -> dict[str, Any]:
-    """Return what every artifact's writer is given: the command line, and the console's callbacks."""
+    """Return what every artifact's writer is given: the command line, the console's callbacks."""
+    # Without this, `kill` ends Python at once and leaves the half-made folder to the next run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console.start("Reading the source")
     say = lambda line: console.line(f"fastvlm: {line}")  # noqa: E731 (one expression)
     return {"command": typed, "say": say, "progress": console.report}
@@ -70,7 +74,11 @@ def print_artifact(artifact: Artifact) -> None:
         f"{artifact.folder}: {readable_bytes(artifact.weight_bytes)} of weights, "
         f"{_numbers(artifact)}"
     )
-    click.echo(f"checked: {', '.join(artifact.consumers)}")
+    if artifact.consumers:
+        click.echo(f"checked for {', '.join(artifact.consumers)}")
+    if artifact.unable:
+        names = " and ".join(artifact.unable)
+        click.echo(f"not for {names}, where Apple's vision tower is built in: this one differs")
 
 
 def _numbers(artifact: Artifact) -> str:
