@@ -55,7 +55,7 @@ class Source:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A folder: the model's sizes, the floats' dtype, the weights' bytes and how many bits that is
-    a weight, scales and all; the consumers it is checked for, and those that cannot load this model.
+    a weight, scales and all; the consumers it is checked for, and those that have no room for it.
     """
 
     folder: Path
@@ -259,7 +259,7 @@ def write_artifact(
         require_space(artifact.folder, artifact.weight_bytes)
         with nothing_cached():
             write_shards(folder, shards, arrays_in_order(parts), progress=report("Writing"))
-        index = json.dumps(index_json(shards), indent=2) + "\n"
+        index = json.dumps(index_json(shards), indent=4) + "\n"
         (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
         write_files(folder)
         check_written(folder, specs, progress=report("Checking"))

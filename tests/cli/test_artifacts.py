@@ -1,5 +1,5 @@
-"""`convert`, `quantize` and what goes wrong: killed, interrupted, disk full, read-only, a source that
-is damaged. One clear line each, no half artifact, no touched source.
+"""`convert`, `quantize` and what goes wrong: killed, interrupted, disk full, read-only, a source
+that is damaged. One clear line each, no half artifact, no touched source.
 """
 
 from __future__ import annotations
