@@ -170,7 +170,7 @@ def test_the_size_is_said_before_anything_is_fetched_and_progress_ends_at_it(
     assert outcome["said"] == ["Downloading org/whole (5.01 kB)"]
     counts = [done for done, _, _ in outcome["progress"]]
     assert counts == sorted(counts) and counts[-1] == sum(outcome["files"].values()) == 5008
-    assert {total for _, total, _ in outcome["progress"]} == {5007}
+    assert {total for _, total, _ in outcome["progress"]} == {5008}
     assert outcome["progress"][-1][2] == "model.safetensors"
 
 
