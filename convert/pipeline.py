@@ -18,7 +18,7 @@ from fastvlm_mlx.checkpoint.hub import resolve
 from fastvlm_mlx.checkpoint.load import check_tower, decide_tied, nothing_cached
 from fastvlm_mlx.checkpoint.store import FLOATS, Checkpoint, open_checkpoint
 from fastvlm_mlx.checkpoint.tensors import TensorReader, find_tensors, read_json
-from fastvlm_mlx.config import ModelConfig, VisionConfig
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.keys import TOWER
 from fastvlm_mlx.convert.parts import Part, arrays_in_order, native_parts
 from fastvlm_mlx.convert.place import check_destination, new_folder, require_space
@@ -39,8 +39,6 @@ Progress = Callable[[int, int, str], None]
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NATIVE_CONSUMERS = ("native", "mlx-vlm", "mlx-swift-lm")
-# These have Apple's tower built in, whatever a config says.
-_FIXED_TOWER = ("mlx-vlm", "app")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,8 @@ class Source:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
     """A folder: the model's sizes, the floats' dtype, the weights' bytes and how many bits that is
-    a weight, scales and all; the consumers it is checked for, and those that have no room for it.
+    a weight, scales and all; the consumers it does for, and those whose code has another tower's
+    sizes in it, so that they load no model as small as this one.
     """
 
     folder: Path
@@ -64,7 +63,7 @@ class Artifact:
     weight_bytes: int
     bits_per_weight: float
     consumers: tuple[str, ...]
-    unable: tuple[str, ...]
+    unable: tuple[str, ...] = ()
 
 
 def convert(
@@ -212,8 +211,7 @@ def plan_artifact(
     parts: tuple[Part, ...],
     consumers: tuple[str, ...],
 ) -> Artifact:
-    """Return what the folder will be, checked for those `consumers` that know such a tower."""
-    unable = () if config.vision == VisionConfig() else _FIXED_TOWER
+    """Return what the folder will be, before any consumer's requirements are checked."""
     shapes = source.checkpoint.shapes
     rest = (shape for name, shape in shapes.items() if not name.startswith("vision."))
     tower = (spec.shape for part in parts for spec in part.specs if spec.name.startswith(TOWER))
@@ -225,8 +223,7 @@ def plan_artifact(
         dtype=dtype,
         weight_bytes=nbytes,
         bits_per_weight=8 * nbytes / weights,
-        consumers=tuple(name for name in consumers if name not in unable),
-        unable=tuple(name for name in consumers if name in unable),
+        consumers=consumers,
     )
 
 
@@ -264,9 +261,9 @@ def write_artifact(
         write_files(folder)
         check_written(folder, specs, progress=report("Checking"))
         check(folder)
-        # mlx-vlm and Apple's app have the sizes of Apple's tower in their code.
-        met = tuple(consumer for consumer in artifact.consumers if require(folder, consumer))
-    return dataclasses.replace(artifact, consumers=met)
+        met = tuple(name for name in artifact.consumers if require(folder, name))
+    unable = tuple(name for name in artifact.consumers if name not in met)
+    return dataclasses.replace(artifact, consumers=met, unable=unable)
 
 
 def check_written(
