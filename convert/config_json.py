@@ -74,9 +74,10 @@ def _common(config: ModelConfig, raw: Json, *, dtype: str, im_end_id: int) -> di
     positions = text.get("max_position_embeddings") or decoder.max_positions
     if raw.get("model_type") == "fast_vlm":
         positions = max(min(positions, _FAST_VLM_POSITIONS), decoder.max_positions)
+    bos, side = text.get("bos_token_id"), raw.get("tokenizer_padding_side")
     return {
         "architectures": ["LlavaQwen2ForCausalLM"],
-        "bos_token_id": text.get("bos_token_id"),
+        "bos_token_id": bos if type(bos) is int else None,
         "eos_token_id": im_end_id,
         "hidden_act": "silu",
         "hidden_size": decoder.hidden_size,
@@ -97,7 +98,7 @@ def _common(config: ModelConfig, raw: Json, *, dtype: str, im_end_id: int) -> di
         "rope_theta": float(decoder.rope_theta),
         "tie_word_embeddings": decoder.tied,
         "tokenizer_model_max_length": decoder.max_positions,
-        "tokenizer_padding_side": raw.get("tokenizer_padding_side") or "right",
+        "tokenizer_padding_side": side if side in ("left", "right") else "right",
         "torch_dtype": dtype,
         "unfreeze_mm_vision_tower": True,
         "use_mm_proj": True,
