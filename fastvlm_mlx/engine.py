@@ -7,7 +7,7 @@ that loaded it, since MLX's arrays belong to that thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fastvlm_mlx.config import ImageMode, ModelConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.events import Generation, GenerationEvent
 from fastvlm_mlx.generate.clock import Clock
-from fastvlm_mlx.generate.loop import score_ids
+from fastvlm_mlx.generate.loop import logprobs_along, score_ids
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.generate.session import ChatSession, collect
@@ -181,9 +181,35 @@ class Engine:
         ids = self.pipeline.processor.tokenizer.encode(continuation)
         if not ids:
             raise PromptError("the continuation to score is empty")
+        embeddings = self._before(prompt, images, system, ids)
+        return tuple(score_ids(self.pipeline.model.decoder, embeddings, ids))
+
+    def logprobs(
+        self,
+        prompt: str,
+        images: Sequence[Picture] = (),
+        continuation_ids: Sequence[int] = (),
+        *,
+        system: str = DEFAULT_SYSTEM,
+    ) -> Iterator[mx.array]:
+        """Yield the whole distribution before each of `continuation_ids`, in order, a few at once.
+
+        Each array is [m, vocabulary] of natural float32 log-probabilities, unevaluated; take what
+        you need of one before asking for the next. `score` is what these say of the ids themselves.
+        Raises PromptError if there are no ids or no room for them.
+        """
+        if not continuation_ids:
+            raise PromptError("there are no tokens to score")
+        embeddings = self._before(prompt, images, system, continuation_ids)
+        return logprobs_along(self.pipeline.model.decoder, embeddings, continuation_ids)
+
+    def _before(
+        self, prompt: str, images: Sequence[Picture], system: str, ids: Sequence[int]
+    ) -> mx.array:
+        """Return the prompt's embeddings, if there is room for `ids` after them."""
         _, embeddings = self._prepare(prompt, images, system, ImageOptions(), Clock(profile=False))
         self.pipeline.require_room(embeddings.shape[1] + len(ids) - 1)
-        return tuple(score_ids(self.pipeline.model.decoder, embeddings, ids))
+        return embeddings
 
     def _prepare(
         self,

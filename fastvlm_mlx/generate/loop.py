@@ -19,7 +19,7 @@ So start + n + k - 1 positions may always be kept once a token was seen: `rewind
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -33,7 +33,7 @@ from fastvlm_mlx.sampling import Sampling
 
 # A growing cache leaves buffers of every size it has had in MLX's pool; mlx-lm empties it as often.
 _TOKENS_PER_CLEAR = 256
-# Positions whose logits `score_ids` holds at once: 128 x 152k x float32 is 78 MB.
+# Positions whose logits `logprobs_along` holds at once: 128 x 152k x float32 is 78 MB.
 _SCORED_AT_ONCE = 128
 
 
@@ -114,6 +114,34 @@ def prefill(
     return decoder.hidden(embeddings[:, last:], cache)[:, -1:]
 
 
+def logprobs_along(
+    decoder: Decoder,
+    embeddings: mx.array,
+    continuation_ids: Sequence[int],
+    *,
+    prefill_step: int = 2048,
+) -> Iterator[mx.array]:
+    """Yield the float32 log-probabilities [m,V] that precede each id after embeddings [1,n,H].
+
+    Row i of all rows is log p(· | prompt, the first i ids), natural logarithms. The head runs over
+    the continuation's positions only, `_SCORED_AT_ONCE` at a time: m is at most that.
+    Raises PromptError if there is nothing to prefill.
+    """
+    _check(embeddings, prefill_step)
+    if not continuation_ids:
+        return
+    cache = decoder.make_cache()
+    states = [prefill(decoder, embeddings, cache, step=prefill_step)]
+    inputs = list(continuation_ids[:-1])
+    for start in range(0, len(inputs), prefill_step):
+        ids = mx.array([inputs[start : start + prefill_step]])
+        states.append(decoder.hidden(decoder.embed(ids), cache))
+        mx.eval(states[-1])
+    hidden = mx.concatenate(states, axis=1)
+    for start in range(0, len(continuation_ids), _SCORED_AT_ONCE):
+        yield normalise(decoder.logits(hidden[:, start : start + _SCORED_AT_ONCE]))[0]
+
+
 def score_ids(
     decoder: Decoder,
     embeddings: mx.array,
@@ -124,26 +152,12 @@ def score_ids(
     """Return log p(id | prompt, ids before it) for each id after the prompt embeddings [1,n,H].
 
     Natural logarithms of float32 probabilities; the sum is the continuation's log-probability.
-    The head runs over the continuation's positions only, `_SCORED_AT_ONCE` at a time.
     Raises PromptError if there is nothing to prefill.
     """
-    _check(embeddings, prefill_step)
-    if not continuation_ids:
-        return []
-    cache = decoder.make_cache()
-    states = [prefill(decoder, embeddings, cache, step=prefill_step)]
-    inputs = list(continuation_ids[:-1])
-    for start in range(0, len(inputs), prefill_step):
-        ids = mx.array([inputs[start : start + prefill_step]])
-        states.append(decoder.hidden(decoder.embed(ids), cache))
-        mx.eval(states[-1])
-    hidden = mx.concatenate(states, axis=1)
     scores: list[float] = []
-    for start in range(0, len(continuation_ids), _SCORED_AT_ONCE):
-        rows = slice(start, start + _SCORED_AT_ONCE)
-        targets = mx.array(list(continuation_ids[rows]))[None, :, None]
-        logprobs = normalise(decoder.logits(hidden[:, rows]))
-        chosen = mx.take_along_axis(logprobs, targets, axis=-1).reshape(-1)
+    for rows in logprobs_along(decoder, embeddings, continuation_ids, prefill_step=prefill_step):
+        targets = mx.array(list(continuation_ids[len(scores) : len(scores) + len(rows)]))
+        chosen = mx.take_along_axis(rows, targets[:, None], axis=-1).reshape(-1)
         scores += cast(list[float], chosen.tolist())
     return scores
 

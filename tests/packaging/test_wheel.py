@@ -85,6 +85,13 @@ def test_the_wheel_holds_types_and_the_demo_model(wheel: Path, tree: Path) -> No
     assert demo <= names
 
 
+def test_the_wheel_holds_the_report_s_pictures(wheel: Path, tree: Path) -> None:
+    folder = tree / "quantize/picture_set"
+    pictures = {f"fastvlm_mlx/quantize/picture_set/{path.name}" for path in folder.iterdir()}
+    assert "fastvlm_mlx/quantize/picture_set/answers.json" in pictures
+    assert pictures <= names_in(wheel)
+
+
 def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
