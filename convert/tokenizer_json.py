@@ -76,11 +76,10 @@ def make_tokenizer_files(
         added.append({**added[0], "content": IMAGE, "id": ids[IMAGE], "special": True})
     model["vocab"] = _numbered(model["vocab"], added)
     document["added_tokens"] = added
-    text = _json(document)
     before = source.get_vocab(with_added_tokens=True)
     if IMAGE not in model["vocab"]:
         before.pop(IMAGE, None)
-    _check_ids(folder, text, before | ids)
+    text = _spell(folder, document, before | ids)
     settings = _optional(folder / "tokenizer_config.json")
     names = _special_names(folder, settings, ids)
     contents = {
@@ -131,14 +130,20 @@ def _numbered(vocab: Vocabulary, added: Sequence[Token]) -> Vocabulary:
     return dict(sorted(vocab.items(), key=lambda item: item[1]))
 
 
-def _check_ids(folder: Path, text: str, expected: Vocabulary) -> None:
-    """Raise CheckpointError unless a tokenizer read from `text` has the ids that it should."""
+def _spell(folder: Path, document: Mapping[str, Any], expected: Vocabulary) -> str:
+    """Return tokenizer.json in the library's own spelling.
+
+    Raises CheckpointError unless a tokenizer read from it has the ids that it should.
+    """
     try:
-        found = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{folder}: no tokenizer: {one_line(str(error))}") from error
+    found = tokenizer.get_vocab(with_added_tokens=True)
     if found != expected or len(set(found.values())) < len(found):
         raise CheckpointError(f"{folder}: the ids of its added tokens contradict its vocabulary")
+    text: str = tokenizer.to_str(pretty=True)
+    return f"{text}\n"
 
 
 def _config(
