@@ -190,6 +190,18 @@ def test_padding_of_the_vocabulary_is_cut(tmp_path: Path, source: Source) -> Non
     assert config["vocab_size"] == 151936
 
 
+def test_the_end_of_a_turn_ends_an_answer_whatever_the_source_says(
+    tmp_path: Path, source: Source
+) -> None:
+    """transformers' fast_vlm names base Qwen2's end of text, at which no answer ends."""
+    folder = folders.write_fast_vlm(tmp_path / "fast_vlm", source.fused(), "F16")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 608
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(folder, tmp_path / "native")
+    assert json.loads((tmp_path / "native" / "config.json").read_text())["eos_token_id"] == 610
+
+
 def test_a_source_is_never_touched(tmp_path: Path, source: Source) -> None:
     """Other tools rewrite the user's checkpoint in place; a crash then leaves it broken."""
     folder = folders.write_apple(tmp_path / "apple", source.fused(), "BF16")
