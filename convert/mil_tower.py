@@ -39,6 +39,8 @@ def build_program(config: VisionConfig, read_module: ReadModule) -> Any:
     import coremltools as ct
     from coremltools.converters.mil import Builder
 
+    # Names end in a count of the process, which coremltools starts anew behind a success only.
+    Builder.name_count.clear()
     size = config.image_size
     network = _Network(Builder, config, read_module)
 
