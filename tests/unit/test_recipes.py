@@ -131,10 +131,11 @@ def test_first_and_last_layer_are_at_an_edge_however_few_there_are(num_layers: i
         assert made.setting(LAYER.format(layer) + "self_attn.q_proj") == made.wide
 
 
-def test_other_modes_wide_groups_are_affine_at_8_bits() -> None:
-    made = recipe("balanced", mode="mxfp4")
-    assert made.narrow == Setting(4, 32, "mxfp4")
-    assert made.setting(EMBEDDING) == Setting(8, 64)
+@pytest.mark.parametrize(("mode", "group_size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_other_modes_wide_groups_are_affine(mode: str, group_size: int) -> None:
+    made = recipe("balanced", mode=mode)
+    assert made.narrow == Setting(4, group_size, mode)
+    assert made.setting(EMBEDDING) == Setting(6, 64)
 
 
 def test_wide_groups_keep_the_group_size_asked_for() -> None:
