@@ -17,7 +17,7 @@ from fastvlm_mlx.errors import ConfigError
 RecipeName = Literal["uniform", "balanced"]
 Policy = Literal["float"] | int
 """What embeddings or projector become: "float", or so many bits."""
-Layers = Literal["edge", "third", "all"]
+Layers = Literal["spread", "all"]
 
 DEFAULT_GROUP_SIZE = 64
 """Columns that share a scale in affine mode, as mlx-lm, mlx-vlm and Apple's app have them."""
@@ -62,24 +62,21 @@ _GROUPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (_LAYER + r"self_attn\.o_proj", "self_attn.o_proj"),
         (_LAYER + r"mlp\.(?:gate|up)_proj", "mlp.gate_up"),
         (_LAYER + r"mlp\.down_proj", "mlp.down_proj"),
-        (r"decoder\.qwen2\.model\.embed_tokens", "embed_tokens"),
-        (r"decoder\.qwen2\.lm_head", "lm_head"),
+        (r"decoder\.qwen2\.(?:model\.embed_tokens|lm_head)", "embeddings"),
         (r"projector\.linear_\d+", "projector"),
     )
 )
 
-# What `balanced` keeps wider: (group, in which layers). "edge" is the first and the last eighth of
-# the layers (at least one each), "third" those and every third layer between. On the demo model
-# the embeddings mattered most for their size, then these two groups at the ends
-# (benchmarks/quantization.py sweeps it).
+# What `balanced` keeps wider: (group, in which layers). "spread" is the first and the last eighth
+# of the layers (at least one each) and every third between. On the demo model the embeddings
+# mattered most for their size, then these two groups at the ends (benchmarks/quantization.py).
 BALANCED: tuple[tuple[str, Layers], ...] = (
-    ("self_attn.qkv", "third"),
-    ("mlp.down_proj", "third"),
-    ("embed_tokens", "all"),
-    ("lm_head", "all"),
+    ("self_attn.qkv", "spread"),
+    ("mlp.down_proj", "spread"),
+    ("embeddings", "all"),
 )
-# How much wider: bits → affine bits, in every mode. Going to 8 from 3 or 4 bits gained nothing over
-# these, as the narrow groups' error is what remains; mxfp8, the other modes' own wide one, is no
+# How much wider: bits → affine bits, in every mode. Going to 8 from 3 or 4 bits gained little over
+# these, as the narrow groups' error is what remains; mxfp8, the other modes' own wide one, was no
 # closer than affine at 6 bits. Of 8 bits nothing is wider.
 WIDER: dict[int, int] = {1: 4, 2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}
 
@@ -115,20 +112,16 @@ class Recipe:
         if place is None:
             return None
         group, layer = place
-        if group == "projector":
-            return self.projector
         if layer is None:
-            return self.embeddings
-        return self.wide if self._is_wider(group, layer) else self.narrow
+            return self.projector if group == "projector" else self.embeddings
+        where = dict(self.wider).get(group)
+        wide = where == "all" or (where == "spread" and self._is_spread(layer))
+        return self.wide if wide else self.narrow
 
-    def _is_wider(self, group: str, layer: int) -> bool:
+    def _is_spread(self, layer: int) -> bool:
         edge = max(1, self.num_layers // 8)
         at_edge = layer < edge or layer >= self.num_layers - edge
-        return any(
-            group == pattern
-            and (where == "all" or at_edge or (where == "third" and (layer - edge) % 3 == 2))
-            for pattern, where in self.wider
-        )
+        return at_edge or (layer - edge) % 3 == 2
 
 
 def make_recipe(
@@ -156,14 +149,13 @@ def make_recipe(
     narrow = Setting(bits, own if group_size is None else group_size, mode)
     wide = _affine(WIDER[bits], narrow)
     wider = BALANCED if name == "balanced" else ()
-    widened = {group for group, _ in wider}
     return Recipe(
         name=name,
         num_layers=num_layers,
         narrow=narrow,
         wide=wide,
         wider=wider,
-        embeddings=_policy(embeddings, narrow, wide if "embed_tokens" in widened else narrow),
+        embeddings=_policy(embeddings, narrow, wide if "embeddings" in dict(wider) else narrow),
         projector=_policy(projector, narrow, None),
     )
 
