@@ -28,6 +28,7 @@ _ARTIFACT_FILES = re.compile(
     r"|(added_tokens|chat_template|config|generation_config|preprocessor_config|processor_config"
     r"|report|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json"
     r"|fastvithd\.mlpackage/(Manifest\.json|Data/.*\.mlmodel|Data/.*/weight\.bin)"
+    r"|\.report\.json"  # a report that was being written
     r"|(.*/)?\.DS_Store"  # the Finder's
 )
 _DISK_ERRORS = {

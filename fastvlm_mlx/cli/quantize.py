@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,8 @@ def command(
     from fastvlm_mlx.quantize.recipes import make_recipe
 
     console: Console = context.obj
+    if pictures and not report:
+        raise click.UsageError("--report-picture needs --report", context)
     make = None
     if bits == 16:
         _refuse_packing(context)
@@ -129,6 +132,48 @@ def command(
     )
     console.close()
     print_artifact(artifact)
+    if report:
+        _report(console, source, destination, vision_from, pictures)
+
+
+def _report(
+    console: Console,
+    source: str,
+    destination: Path,
+    vision_from: str | None,
+    pictures: tuple[str, ...],
+) -> None:
+    """Compare both models, print the table and put report.json into the folder."""
+    from fastvlm_mlx import load
+    from fastvlm_mlx.checkpoint.hub import resolve
+    from fastvlm_mlx.quantize.pictures import own_pictures
+    from fastvlm_mlx.quantize.report import measure
+
+    def progress(done: int, total: int, model: str) -> None:
+        console.report(0, 0, f"{model}: {done} of {total} questions")
+
+    console.start("Loading the unquantized model")
+    report = measure(
+        lambda: load(source, vision_from=vision_from),
+        lambda: load(destination),
+        pictures=own_pictures(pictures) if pictures else None,
+        vision_from=None if vision_from is None else resolve(vision_from),
+        progress=progress,
+    )
+    unfinished = destination / ".report.json"
+    unfinished.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(destination / "report.json")
+    console.close()
+    click.echo()
+    click.echo(f"{'':<22}{'unquantized':<18}quantized")
+    for what, before, after in report.rows():
+        click.echo(f"{what:<22}{before:<18}{after}".rstrip())
+    click.echo(
+        f"along the unquantized model's answers to {report.questions} questions about "
+        f"{report.pictures} pictures, {report.positions} tokens; on {report.device}"
+    )
+    for note in report.notes:
+        click.echo(f"not measured: {note}")
 
 
 def _refuse_packing(context: click.Context) -> None:
