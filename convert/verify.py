@@ -1,9 +1,9 @@
 """Does a folder hold what a consumer requires? Replayed line by line, with the line it comes from.
 
 The requirements are data: `consumers/NAME.json` lists them, each with one plain sentence and the
-consumer's source file and line. This module runs them; `verify_files`, `verify_tensors` and
-`verify_mlpackage` know the kinds of check. Reads headers and JSON only: no weights, no MLX. Knows
-nothing of how a folder was made, and nothing of the tables that made it.
+consumer's source file and line. This module runs them; `verify_files`, `verify_tensors`,
+`verify_packing` and `verify_mlpackage` know the kinds of check. Reads headers and JSON only: no
+weights, no MLX. Knows nothing of how a folder was made, nor of the tables that made it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.convert import verify_files, verify_mlpackage, verify_tensors
+from fastvlm_mlx.convert import (
+    verify_files,
+    verify_mlpackage,
+    verify_packing,
+    verify_tensors,
+)
 from fastvlm_mlx.convert.verify_folder import Folder, Json, Unchecked
 from fastvlm_mlx.errors import CheckpointError, CheckpointMismatch
 
@@ -39,8 +44,8 @@ _FILE_CHECKS: dict[str, Callable[[Folder, Json], str | None]] = {
     "index": verify_tensors.check_index,
     "sorted": verify_tensors.check_sorted,
     "metadata": verify_tensors.check_metadata,
-    "setting": verify_tensors.check_setting,
-    "uniform": verify_tensors.check_uniform,
+    "setting": verify_packing.check_setting,
+    "uniform": verify_packing.check_uniform,
     "package": verify_mlpackage.check_package,
     "array": verify_mlpackage.check_array,
 }
@@ -49,10 +54,10 @@ _INVENTORY_CHECKS: dict[
 ] = {
     "no-other-tensors": verify_tensors.check_no_others,
     "dtypes": verify_tensors.check_dtypes,
-    "packed": verify_tensors.check_packed,
-    "overrides-used": verify_tensors.check_overrides_used,
-    "both-spellings": verify_tensors.check_both_spellings,
-    "float-modules": verify_tensors.check_float_modules,
+    "packed": verify_packing.check_packed,
+    "overrides-used": verify_packing.check_overrides_used,
+    "both-spellings": verify_packing.check_both_spellings,
+    "float-modules": verify_packing.check_float_modules,
 }
 
 
@@ -119,8 +124,8 @@ def verify(folder: Path, name: str) -> tuple[Finding, ...]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder")
     opened = Folder(folder)
-    sizes = verify_tensors.read_sizes(opened, source.sizes)
-    findings = [_finding(opened, source, sizes, needed) for needed in source.requirements]
+    asked = _Asked(source, verify_tensors.read_sizes(opened, source.sizes))
+    findings = [_finding(opened, asked, needed) for needed in source.requirements]
     if not any(finding.passed is False for finding in findings):
         # Something could not be checked though nothing that it rests on fails: no pass either.
         findings = [
@@ -172,33 +177,40 @@ def consumers_of(folder: Path) -> tuple[str, ...]:
     )
 
 
-def _finding(
-    folder: Folder, source: Consumer, sizes: verify_tensors.Sizes, requirement: Json
-) -> Finding:
+class _Asked:
+    """The tensors a consumer asks for of one folder, worked out once."""
+
+    def __init__(self, source: Consumer, sizes: verify_tensors.Sizes) -> None:
+        self.source = source
+        self.sizes = sizes
+
+    @cached_property
+    def inventory(self) -> Mapping[str, verify_tensors.Shape]:
+        """Every tensor's key and shape. Raises Unchecked where the config lacks a size."""
+        return {
+            key: shape
+            for needed in self.source.requirements
+            if needed["check"] == "tensors"
+            for key, shape in verify_tensors.expected(needed, self.sizes)
+        }
+
+
+def _finding(folder: Folder, asked: _Asked, requirement: Json) -> Finding:
     """Run one check. What it cannot read leaves it unchecked."""
     passed: bool | None
     try:
-        problem = _problem(folder, source, sizes, requirement)
+        problem = _problem(folder, asked, requirement)
         passed = problem is None
     except Unchecked as error:
         problem, passed = f"not checked: {error}", None
-    return Finding(
-        requirement["id"], requirement["says"], source.cite(requirement), passed, problem or ""
-    )
+    cite = asked.source.cite(requirement)
+    return Finding(requirement["id"], requirement["says"], cite, passed, problem or "")
 
 
-def _problem(
-    folder: Folder, source: Consumer, sizes: verify_tensors.Sizes, requirement: Json
-) -> str | None:
+def _problem(folder: Folder, asked: _Asked, requirement: Json) -> str | None:
     kind = requirement["check"]
     if kind == "tensors":
-        return verify_tensors.check_tensors(folder, requirement, sizes)
+        return verify_tensors.check_tensors(folder, requirement, asked.sizes)
     if kind in _INVENTORY_CHECKS:
-        inventory = {
-            key: shape
-            for needed in source.requirements
-            if needed["check"] == "tensors"
-            for key, shape in verify_tensors.expected(needed, sizes)
-        }
-        return _INVENTORY_CHECKS[kind](folder, requirement, inventory)
+        return _INVENTORY_CHECKS[kind](folder, requirement, asked.inventory)
     return _FILE_CHECKS[kind](folder, requirement)

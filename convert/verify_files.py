@@ -171,7 +171,10 @@ def _added_tokens(folder: Folder) -> list[Json]:
 
 
 def check_token(folder: Folder, requirement: Json) -> str | None:
-    """tokenizer.json has an added token, special, alone with its id, which config.json names."""
+    """tokenizer.json has an added token, special, alone with its id, which config.json names.
+
+    Raises Unchecked where config.json names no id: another requirement's matter.
+    """
     content, at = requirement["token"], requirement["id_at"]
     added = _added_tokens(folder)
     found = [token for token in added if token.get("content") == content]
@@ -184,7 +187,9 @@ def check_token(folder: Folder, requirement: Json) -> str | None:
     if found[0].get("special") is not True:
         return f"tokenizer.json: {content} is not special"
     named = folder.value("config.json", at)
-    if named is not None and named != number:
+    if not _is_int(named) or named < 0:
+        raise Unchecked(f"config.json: {at} is no token's id")
+    if named != number:
         return f"config.json: {at} is {named}, but {content} is {number} in tokenizer.json"
     return None
 

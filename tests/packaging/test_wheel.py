@@ -92,6 +92,14 @@ def test_the_wheel_holds_the_report_s_pictures(wheel: Path, tree: Path) -> None:
     assert pictures <= names_in(wheel)
 
 
+def test_the_wheel_holds_what_each_consumer_requires(wheel: Path) -> None:
+    """`fastvlm verify` reads data files that lie behind a link."""
+    from fastvlm_mlx.cli.verify import CONSUMERS
+
+    required = {f"fastvlm_mlx/convert/consumers/{name}.json" for name in CONSUMERS}
+    assert required <= names_in(wheel)
+
+
 def test_the_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
