@@ -73,8 +73,8 @@ def write_tower_package(
 
     Real size: 10 s, 0.9 GB of memory (float16 1.2), 0.49 GB on disk and again while it is written,
     beside `path`. Raises BackendError without coremltools, CheckpointMismatch for a tower that does
-    not fit, CheckpointError for a file that cannot be read, OSError if `path` exists or cannot be
-    written.
+    not fit, CheckpointError for a file that cannot be read, values that are not finite or a disk
+    with too little room, OSError if `path` exists or cannot be written.
     """
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))

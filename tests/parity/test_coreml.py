@@ -164,10 +164,21 @@ def _swapped_blocks(checkpoint: Checkpoint, path: str) -> Any:
     return module_tensors(checkpoint, swapped.get(path, path))
 
 
-def _shifted(self: Any, name: str, x: Any, weight: Any, bias: Any, **options: Any) -> Any:
-    """Padding in the order of torch's `pad`, right on a square with equal sides only."""
-    weight = np.roll(weight, 1, axis=2) if weight.shape[2] == 7 else weight
-    return _conv(self, name, x, weight, bias, **options)
+def _shifted(
+    self: Any, name: str, x: Any, weight: Any, bias: Any, *, stride: int = 1, groups: int = 1
+) -> Any:
+    """MIL's `pad` is [top, bottom, left, right]; one row moved over keeps the size."""
+    side = weight.shape[-1] // 2
+    return self.mb.conv(
+        x=x,
+        weight=mil_tower._single(weight),
+        bias=mil_tower._single(bias),
+        strides=[stride, stride],
+        pad_type="custom",
+        pad=[side + 1, side - 1, side, side] if side > 1 else [side] * 4,
+        groups=groups,
+        name=name,
+    )
 
 
 def _mirrored(weight: Any) -> Any:
@@ -178,12 +189,12 @@ def _column_by_column(self: Any, name: str, x: Any) -> Any:
     return _tokens(self, name, self.mb.transpose(x=x, perm=[0, 1, 3, 2]))
 
 
-_ffn, _conv, _tokens, _oihw = Network.ffn, Network.conv, Network.tokens, mil_tower._oihw
+_ffn, _tokens, _oihw = Network.ffn, Network.tokens, mil_tower._oihw
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "tanh GELU": (Network, "gelu", _tanh),
     "a layer scale left out": (Network, "ffn", _no_layer_scale),
     "two blocks swapped": (coreml, "module_tensors", _swapped_blocks),
-    "a kernel one row off": (Network, "conv", _shifted),
+    "padding one row off": (Network, "conv", _shifted),
     "kernels mirrored": (mil_tower, "_oihw", _mirrored),
     "tokens column by column": (Network, "tokens", _column_by_column),
 }
