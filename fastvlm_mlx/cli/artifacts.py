@@ -76,9 +76,8 @@ def print_artifact(artifact: Artifact) -> None:
     )
     if artifact.consumers:
         click.echo(f"checked for {', '.join(artifact.consumers)}")
-    if artifact.unable:
-        names = " and ".join(artifact.unable)
-        click.echo(f"not for {names}, where Apple's vision tower is built in: this one differs")
+    for name in artifact.unable:
+        click.echo(f"{name} takes only towers of Apple's size; all else it requires is met")
 
 
 def _numbers(artifact: Artifact) -> str:
