@@ -49,6 +49,7 @@ _TYPES: dict[str, Callable[[object], bool]] = {
     "text": _is_text,
     "true or false": _is_bool,
     "list of whole numbers": _list_of(_is_int),
+    "whole number or list of them": lambda value: _is_int(value) or _list_of(_is_int)(value),
     "list of numbers": _list_of(_is_number),
     "list of text": _list_of(_is_text),
     "list of true or false": _list_of(_is_bool),
@@ -171,11 +172,11 @@ def _added_tokens(folder: Folder) -> list[Json]:
 
 
 def check_token(folder: Folder, requirement: Json) -> str | None:
-    """tokenizer.json has an added token, special, alone with its id, which config.json names.
+    """tokenizer.json has an added token, special, alone with its id, which `id_at` names, if given.
 
-    Raises Unchecked where config.json names no id: another requirement's matter.
+    Raises Unchecked where config.json names no id there: another requirement's matter.
     """
-    content, at = requirement["token"], requirement["id_at"]
+    content, at = requirement["token"], requirement.get("id_at")
     added = _added_tokens(folder)
     found = [token for token in added if token.get("content") == content]
     if not found:
@@ -186,6 +187,8 @@ def check_token(folder: Folder, requirement: Json) -> str | None:
         return f"tokenizer.json gives id {number} to {content} and to {others[0]}"
     if found[0].get("special") is not True:
         return f"tokenizer.json: {content} is not special"
+    if at is None:
+        return None
     named = folder.value("config.json", at)
     if not _is_int(named) or named < 0:
         raise Unchecked(f"config.json: {at} is no token's id")

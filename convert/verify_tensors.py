@@ -183,10 +183,8 @@ def check_dtypes(folder: Folder, requirement: Json, inventory: Mapping[str, Shap
     return first_few(odd) if odd else None
 
 
-def check_index(folder: Folder, requirement: Json) -> str | None:
+def check_index(folder: Folder, _requirement: Json) -> str | None:
     """The index names exactly the stored tensors, each in its file."""
-    if requirement.get("optional") and not (folder.path / INDEX).exists():
-        return None
     mapped = folder.json(INDEX).get("weight_map")
     if not isinstance(mapped, dict):
         return f"{INDEX} has no weight_map"

@@ -28,7 +28,7 @@ mlx-swift-lm | bf16 | a head beside a tied one | tensors.no-others | Load.swift:
 native | bf16 | whole numbers | tensors.dtypes | store.py:_check_fit | I32
 native | bf16 | unsorted | tensors.sorted | tensors.py:find_tensors | stands where
 native | bf16 | PyTorch's metadata | tensors.metadata | utils.py:1199 | pt
-mlx-vlm | bf16 | a tensor the index lacks | index | utils.py:397 | mm_projector.0.bias
+native | bf16 | a tensor the index lacks | files.index | tensors.py:find_tensors | mm_projector.0
 mlx-vlm | bf16 | half a file | files.weights | utils.py:438 | truncated
 native | bf16 | an adapter below | files.no-strays | tensors.py:find_tensors | extra/adapter
 app | app | an adapter below | files.no-strays | Load.swift:71 | extra/adapter
