@@ -26,6 +26,11 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
+def _is_integral(value: object) -> bool:
+    """Swift decodes 4.0 as an Int."""
+    return _is_int(value) or (isinstance(value, float) and value.is_integer())
+
+
 def _list_of(item: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(item, value))
 
@@ -42,7 +47,7 @@ def _is_shape_or_null(value: object) -> bool:
     return value is None or _list_of(_is_int)(value)
 
 
-# What a data file calls a JSON value. Whole numbers are written without a point: Swift's Int.
+# What a data file calls a JSON value. Whole numbers are written without a point, if not said.
 _TYPES: dict[str, Callable[[object], bool]] = {
     "whole number": _is_int,
     "number": _is_number,
@@ -50,6 +55,7 @@ _TYPES: dict[str, Callable[[object], bool]] = {
     "true or false": _is_bool,
     "list of whole numbers": _list_of(_is_int),
     "whole number or list of them": lambda value: _is_int(value) or _list_of(_is_int)(value),
+    "list of whole numbers, 4.0 too": _list_of(_is_integral),
     "list of numbers": _list_of(_is_number),
     "list of text": _list_of(_is_text),
     "list of true or false": _list_of(_is_bool),

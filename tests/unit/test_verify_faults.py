@@ -36,7 +36,7 @@ app | app | a head beside a tied one | tensors.no-others | Load.swift:102 | lm_h
 app | app | a tower tensor | tensors.no-others | Load.swift:102 | head.proj
 mlx-swift-lm | bf16 | no num_classes | config.vision.num_classes | FastVLM.swift:35 | missing
 mlx-swift-lm | bf16 | no layers | config.vision.layers | FastVLM.swift:32 | missing
-mlx-swift-lm | bf16 | ratios of 4.0 | config.vision.mlp_ratios | FastVLM.swift:34 | whole numbers
+native | bf16 | ratios of 4.0 | config.vision.mlp_ratios | FastVLM.swift:34 | whole numbers
 mlx-swift-lm | bf16 | two ends | config.eos_token_id | FastVLM.swift:67 | [610, 608]
 mlx-swift-lm | bf16 | no padding side | config.tokenizer_padding_side | FastVLM.swift:72 | missing
 native | bf16 | another end's id | tokenizer.eos-id | Tokenizer.swift:294 | 610
