@@ -45,6 +45,7 @@ _FILE_CHECKS: dict[str, Callable[[Folder, Json], str | None]] = {
     "sorted": verify_tensors.check_sorted,
     "metadata": verify_tensors.check_metadata,
     "setting": verify_packing.check_setting,
+    "setting-keys": verify_packing.check_setting_keys,
     "uniform": verify_packing.check_uniform,
     "package": verify_mlpackage.check_package,
     "array": verify_mlpackage.check_array,

@@ -8,6 +8,7 @@ tensors a consumer asks for from `verify_tensors.py`, and returns what is wrong 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 
 from fastvlm_mlx.checkpoint.layouts import first_few
@@ -51,6 +52,17 @@ def check_uniform(folder: Folder, _requirement: Json) -> str | None:
         return None
     others = sorted(set(found) - {"bits", "group_size"}) if isinstance(found, dict) else ["*"]
     return f"quantization holds {first_few(others)} besides" if others else None
+
+
+def check_setting_keys(folder: Folder, requirement: Json) -> str | None:
+    """Beside bits, group_size and mode, `quantization` holds modules' settings, true or false."""
+    found = folder.value("config.json", "quantization")
+    if not isinstance(found, dict):
+        return None
+    known = {"bits", "group_size", "mode", *requirement["ignore"]}
+    odd = [key for key, own in found.items() if not isinstance(own, (dict, bool))]
+    odd = [key for key in odd if key not in known]
+    return f"quantization.{odd[0]} is {reprlib.repr(found[odd[0]])}" if odd else None
 
 
 def _overrides(quantization: Json) -> dict[str, Json]:

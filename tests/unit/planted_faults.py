@@ -212,6 +212,7 @@ FAULTS: dict[str, Fault] = {
     "a setting without mode": set_quantization(
         **{"mm_projector.0": FOUR_BITS, "mm_projector.layers.0": FOUR_BITS}
     ),
+    "a remark": set_quantization(recipe="balanced"),
     "a packed tower": pack_the_tower,
     "a mode": set_quantization(mode="affine"),
     "a setting of one module": set_quantization(**{EMBEDDING: FOUR_BITS}),

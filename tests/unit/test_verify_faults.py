@@ -57,6 +57,8 @@ native | q4 | mixed, mlx-vlm's path | quantization.both-spellings | Load.swift:4
 mlx-vlm | q4 | mixed, Swift's path | quantization.packed | utils.py:644 | mm_projector.0
 mlx-vlm | q4 | a setting of a norm | quantization.overrides | utils.py:643 | model.norm
 native | q4 | a setting without mode | quantization.setting | source_config.py:_quant | mode is
+mlx-swift-lm | q4 | a remark | quantization.keys | BaseConfiguration.swift:171 | recipe
+native | q4 | a remark | quantization.keys | BaseConfiguration.swift:171 | recipe
 native | q4 | a packed tower | quantization.tower | store.py:_check_fit | qkv
 app | app | a mode | quantization.uniform | BaseConfiguration.swift:117 | mode
 app | app | a setting of one module | quantization.uniform | BaseConfiguration.swift:117 | embed
