@@ -234,18 +234,19 @@ def _quant(raw: Json, rename_module: Callable[[str], str | None]) -> QuantConfig
     if not values:
         return None
 
-    def settings(own: Json, mode: str, where: str) -> tuple[int, int, str]:
+    def settings(own: Json, where: str) -> tuple[int, int, str]:
         bits, group_size = (get(own, key, int, where=where) for key in ("bits", "group_size"))
-        return bits, group_size, get(own, "mode", str, mode, where=where)
+        # A module's own setting is all there is for it: MLX takes no mode to be affine there too.
+        return bits, group_size, get(own, "mode", str, "affine", where=where)
 
-    bits, group_size, mode = settings(values, "affine", "quantization.")
+    bits, group_size, mode = settings(values, "quantization.")
     overrides = {}
     for path, own in values.items():
         if not isinstance(own, dict):
             continue
         canonical = rename_module(path)
         if canonical is not None:
-            overrides[canonical] = settings(own, mode, f"quantization.{path}.")
+            overrides[canonical] = settings(own, f"quantization.{path}.")
     return QuantConfig(bits=bits, group_size=group_size, mode=mode, overrides=overrides)
 
 

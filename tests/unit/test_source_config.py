@@ -158,6 +158,15 @@ def test_quantization_defaults_and_overrides_are_read() -> None:
     assert quant.of("anything else") == (4, 64, "affine")
 
 
+def test_a_modules_setting_without_mode_is_affine_whatever_the_others_are() -> None:
+    """Ours took the root's mode once; `to_quantized` of MLX and of MLX Swift takes affine."""
+    own = {"language_model.lm_head": {"group_size": 32, "bits": 8}}
+    quantization = {"bits": 4, "group_size": 32, "mode": "mxfp4"} | own
+    quant = read(apple(quantization=quantization)).quant
+    assert quant is not None
+    assert quant.overrides == {"our.language_model.lm_head": (8, 32, "affine")}
+
+
 def test_image_aspect_ratio_other_than_pad_crops() -> None:
     assert read(apple()).image_mode == "pad"
     assert read(apple(image_aspect_ratio=None)).image_mode == "crop"
