@@ -86,9 +86,12 @@ class Report:
             ("bits a weight", lambda side: f"{side.size.bits_per_weight:.2f}"),
             ("  of the decoder", lambda side: f"{side.size.decoder_bits_per_weight:.2f}"),
             ("exactly right", lambda side: _shown(side.exact, "{:.1%}")),
-            ("prefill", lambda side: _shown(_time(side, "prefill_ms"), "{:.1f} ms")),
-            ("decode", lambda side: _shown(_time(side, "decode_tps"), "{:.1f} tokens/s")),
         ]
+        if after.speed is not None:
+            both += [
+                ("prefill", lambda side: _shown(_time(side, "prefill_ms"), "{:.1f} ms")),
+                ("decode", lambda side: _shown(_time(side, "decode_tps"), "{:.1f} tokens/s")),
+            ]
         rows = [(what, show(before), show(after)) for what, show in both]
         return rows[:4] + [
             ("KL, mean", "", f"{self.kl.mean:.2g} nats"),
