@@ -71,7 +71,7 @@ def load(trial: Trial, model: str, folder: Path) -> fv.Engine:
     if not trial.recipe:
         return fv.load(model, dtype=trial.dtype)
     make = partial(make_recipe, trial.recipe, bits=trial.bits, mode=trial.mode)
-    convert(model, folder, recipe=lambda layers: make(num_layers=layers), overwrite=True)
+    convert(model, folder, recipe=make, overwrite=True)
     return fv.load(folder, dtype=trial.dtype)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fastvlm_mlx.checkpoint.hub import resolve
 from fastvlm_mlx.checkpoint.load import check_tower, decide_tied, nothing_cached
@@ -39,6 +39,12 @@ Progress = Callable[[int, int, str], None]
 
 DTYPES = ("bfloat16", "float16", "float32")
 _NATIVE_CONSUMERS = ("native", "mlx-vlm", "mlx-swift-lm")
+
+
+class MakeRecipe(Protocol):
+    """`make_recipe` with all but the decoder's layers given, as by functools.partial."""
+
+    def __call__(self, *, num_layers: int) -> Recipe: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +77,7 @@ def convert(
     destination: Path,
     *,
     dtype: str | None = None,
-    recipe: Callable[[int], Recipe] | None = None,
+    recipe: MakeRecipe | None = None,
     vision_from: str | Path | None = None,
     overwrite: bool = False,
     command: str = "",
@@ -81,10 +87,11 @@ def convert(
     """Write the native folder of a checkpoint: mlx-vlm's keys, complete metadata, not fused.
 
     `dtype` of the floats is bfloat16, float16 or float32, by default the source's own. `recipe`
-    makes, from the number of decoder layers, what is packed how; without it a float source stays
-    float and a quantized one keeps its codes. `vision_from` holds the tower of a source without
-    one. `command` goes into the model card. The folder appears at `destination` only when it is
-    whole and checked; `overwrite` replaces a model folder there. Sources are never changed.
+    says what is packed how, as `partial(make_recipe, "balanced", bits=4)` does; without it a float
+    source stays float and a quantized one keeps its codes. `vision_from` holds the tower of a
+    source without one. `command` goes into the model card. The folder appears at `destination` only
+    when it is whole and checked; `overwrite` replaces a model folder there. Sources are never
+    changed.
 
     Raises CheckpointError, CheckpointMismatch, ConfigError or FetchError, each one line.
     """
@@ -96,7 +103,9 @@ def convert(
     settings: dict[str, Setting] = {}
     config = checkpoint.config
     if recipe is not None:
-        settings, config = plan_quantization(found, recipe(config.decoder.num_layers), say)
+        settings, config = plan_quantization(
+            found, recipe(num_layers=config.decoder.num_layers), say
+        )
     parts = native_parts(checkpoint, dtype, settings)
     artifact = plan_artifact(destination, found, config, dtype, parts, _NATIVE_CONSUMERS)
     floats = float_modules(checkpoint, settings) if config.quant else ()

@@ -125,7 +125,7 @@ def command(
         source,
         destination,
         dtype=dtype,
-        recipe=None if make is None else lambda layers: make(num_layers=layers),
+        recipe=make,
         vision_from=vision_from,
         overwrite=overwrite,
         **common(console, context.meta[TYPED]),

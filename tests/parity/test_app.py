@@ -6,6 +6,7 @@ Counts and sizes are those of Apple's released exports, as listed by the hub (FO
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -105,7 +106,7 @@ def test_weights_are_the_native_folders_own_quantized_alike(tmp_path: Path) -> N
         "demo",
         tmp_path / "native",
         dtype="float16",
-        recipe=lambda layers: make_recipe("uniform", bits=4, num_layers=layers, projector=4),
+        recipe=partial(make_recipe, "uniform", bits=4, projector=4),
     )
     native = mx.load(str(tmp_path / "native" / "model.safetensors"))
     for key, array in mx.load(str(tmp_path / "app" / "model.safetensors")).items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import demo_cases
@@ -27,7 +28,7 @@ from sources import Source
 import fastvlm_mlx as fv
 from fastvlm_mlx.convert.pipeline import convert
 from fastvlm_mlx.errors import CheckpointError, ConfigError
-from fastvlm_mlx.quantize.recipes import Recipe, group_of, make_recipe
+from fastvlm_mlx.quantize.recipes import group_of, make_recipe
 
 HEAD = "vision_tower.vision_model.head.proj"
 EMBEDDING = "language_model.model.embed_tokens.weight"
@@ -44,8 +45,7 @@ def apple(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folders.write_apple(tmp_path_factory.mktemp("source") / "apple", source.fused(), "BF16")
 
 
-def int4(layers: int) -> Recipe:
-    return make_recipe("balanced", bits=4, num_layers=layers, group_size=64)
+int4 = partial(make_recipe, "balanced", bits=4)
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -106,7 +106,7 @@ def test_a_loaded_artifact_is_its_source_quantized_in_memory(tmp_path: Path, app
     convert(tmp_path / "native", tmp_path / "packed", recipe=int4)
     loaded = fv.load(tmp_path / "packed", dtype="bfloat16", keep_quantized=True).pipeline.model
     wanted = fv.load(apple, dtype="bfloat16").pipeline.model
-    recipe = int4(wanted.config.decoder.num_layers)
+    recipe = int4(num_layers=wanted.config.decoder.num_layers)
 
     def setting(path: str, _: nn.Module) -> bool | dict[str, int | str]:
         found = recipe.setting(path) if group_of(path) else None

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,25 +14,21 @@ import pytest
 import test_real_sizes
 from asking import DEMO
 
-from fastvlm_mlx.convert.pipeline import convert
-from fastvlm_mlx.quantize.recipes import Recipe, make_recipe
+from fastvlm_mlx.convert.pipeline import MakeRecipe, convert
+from fastvlm_mlx.quantize.recipes import make_recipe
 
 # Apple's tower and a decoder of many small layers: hidden, layers, heads, kv heads, inner, rows.
 SIZE = (512, 16, 8, 2, 4096, 8192)
 
 
-def int4(layers: int) -> Recipe:
-    return make_recipe("balanced", bits=4, num_layers=layers)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [None, int4])
+@pytest.mark.parametrize("recipe", [None, partial(make_recipe, "balanced", bits=4)])
 @pytest.mark.parametrize("form", ["fused", "training"])
 def test_the_peak_is_a_module_and_not_the_model(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     form: str,
-    recipe: Callable[[int], Recipe] | None,
+    recipe: MakeRecipe | None,
 ) -> None:
     monkeypatch.setitem(test_real_sizes.SIZES, "small", SIZE)
     source = test_real_sizes.apple_folder(tmp_path / "source", "small", form)

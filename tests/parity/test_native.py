@@ -46,5 +46,5 @@ def test_converted_tensors_are_those_of_mlx_vlms_convert(
 def test_quantized_tensors_are_those_of_mlx_vlms_convert(apple: Path, tmp_path: Path) -> None:
     """mlx-vlm packs the projector too; with --projector 4 so do we, and nothing else differs."""
     recipe = partial(make_recipe, "uniform", bits=4, embeddings=4, projector=4)
-    convert(apple, tmp_path / "native", recipe=lambda layers: recipe(num_layers=layers))
+    convert(apple, tmp_path / "native", recipe=recipe)
     assert inventory(tmp_path / "native") == RUNS["q4"]["tensors"]

@@ -7,6 +7,7 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(
         "demo",
         folder,
-        recipe=lambda layers: make_recipe("uniform", bits=2, num_layers=layers, group_size=32),
+        recipe=partial(make_recipe, "uniform", bits=2, group_size=32),
     )
     return folder
 
