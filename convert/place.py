@@ -24,7 +24,7 @@ from fastvlm_mlx.errors import CheckpointError, one_line
 # What a model folder may hold, by path, licence files apart: those are named by `is_license_file`.
 # Anything else is somebody's and is never removed.
 _ARTIFACT_FILES = re.compile(
-    r"[^/]+\.safetensors(\.index\.json)?|[^/]+\.jinja|README\.md|merges\.txt"
+    r"model[^/]*\.safetensors(\.index\.json)?|chat_template\.jinja|README\.md|merges\.txt"
     r"|(added_tokens|chat_template|config|generation_config|preprocessor_config|processor_config"
     r"|report|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json"
     r"|fastvithd\.mlpackage/(Manifest\.json|Data/.*\.mlmodel|Data/.*/weight\.bin)"
@@ -114,21 +114,29 @@ def new_folder(dst: Path, *, overwrite: bool, source: Path | None = None) -> Ite
 
 
 def _finish(dst: Path, place: Path, partial: Path, *, overwrite: bool) -> None:
-    """Rename `partial` to `place`, over what is there only if that is still allowed."""
-    if overwrite and place.exists():
-        _check_existing(dst, place, overwrite=True)
-        leftovers.replace(place, partial)
-        return
-    try:
-        partial.rename(place)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise CheckpointError(
-                f"{dst} was made by another process meanwhile: "
-                "add --overwrite to replace it, or choose another folder"
-            ) from error
-        raise
-    leftovers.sync(place.parent)
+    """Rename `partial` to `place`, over what is there only if that is still allowed.
+
+    With `overwrite`, what another run puts there or moves away at that moment: then once more.
+    """
+    while True:
+        try:
+            if overwrite and place.exists():
+                _check_existing(dst, place, overwrite=True)
+                leftovers.replace(place, partial)
+            else:
+                partial.rename(place)
+                leftovers.sync(place.parent)
+            return
+        except OSError as error:
+            was_made = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if was_made and not overwrite:
+                raise CheckpointError(
+                    f"{dst} was made by another process meanwhile: "
+                    "add --overwrite to replace it, or choose another folder"
+                ) from error
+            is_gone = error.errno == errno.ENOENT and partial.exists()
+            if not (overwrite and (was_made or is_gone)):
+                raise
 
 
 @contextmanager

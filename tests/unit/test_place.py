@@ -148,6 +148,10 @@ def test_an_existing_folder_needs_overwrite(tmp_path: Path) -> None:
         ".git/HEAD",
         "fastvithd.mlpackage/notes.txt",
         "x.safetensors/notes.txt",
+        "adapter_model.safetensors",
+        "my_lora_adapter.safetensors",
+        "adapter_model.safetensors.index.json",
+        "my_prompt.jinja",
     ],
 )
 def test_a_folder_with_a_strangers_file_is_never_replaced(tmp_path: Path, stranger: str) -> None:
@@ -448,6 +452,62 @@ def test_two_runs_with_overwrite_both_end_whole(tmp_path: Path) -> None:
     assert (out, err) == ("", "")
     assert names(tmp_path) == ["out"]
     assert (dst / "config.json").read_text() == "by the other process"
+
+
+def test_overwrite_replaces_what_another_run_puts_there_at_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs with --overwrite onto a new name: the loser was told to add --overwrite."""
+    dst, rename = tmp_path / "out", Path.rename
+
+    def rename_second(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        model_folder(dst, "by the other process")
+        return path.rename(target)
+
+    with new_folder(dst, overwrite=True) as folder:
+        (folder / "config.json").write_text("mine")
+        monkeypatch.setattr(Path, "rename", rename_second)
+    assert names(tmp_path) == ["out"] and names(dst) == ["config.json"]
+    assert (dst / "config.json").read_text() == "mine"
+
+
+def test_a_file_of_another_put_there_at_the_last_moment_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dst, rename = tmp_path / "out", Path.rename
+
+    def rename_second(path: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        dst.mkdir()
+        (dst / "notes.txt").write_text("precious")
+        return path.rename(target)
+
+    with (
+        pytest.raises(CheckpointError, match=r"holds notes\.txt"),
+        new_folder(dst, overwrite=True),
+    ):
+        monkeypatch.setattr(Path, "rename", rename_second)
+    assert names(tmp_path) == ["out"] and names(dst) == ["notes.txt"]
+
+
+def test_overwrite_takes_a_place_that_another_run_leaves_empty_for_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run is between its two renames when this one is about to move the old folder."""
+    dst = model_folder(tmp_path / "out", "old")
+    replace = leftovers.replace
+
+    def replace_late(place: Path, partial: Path) -> None:
+        monkeypatch.setattr(leftovers, "replace", replace)
+        place.rename(tmp_path / "aside")
+        replace(place, partial)
+
+    with new_folder(dst, overwrite=True) as folder:
+        (folder / "config.json").write_text("mine")
+        monkeypatch.setattr(leftovers, "replace", replace_late)
+    assert names(tmp_path) == ["aside", "out"]
+    assert (dst / "config.json").read_text() == "mine"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
