@@ -13,7 +13,8 @@ folder of `artifact_cases.py` is written in a temporary folder, by the command l
 
 and loaded by mlx-vlm's own `load`, strict as it is. `artifacts.json` gets digests of the weights,
 greedy ids with margins, and what mlx-vlm's processor makes of texts and pictures; `artifacts.npz`
-projected features and logits, and every 17th token's features of a full-size picture. Nothing of fastvlm_mlx is imported in this process.
+projected features and logits, and features of some tokens of a full-size picture. Nothing of
+fastvlm_mlx is imported in this process.
 
 mlx-vlm's tower sizes are constants of a class: `vision_config` has no say (the error it then stops
 with is kept in `artifacts.json`). For the demo model the constants are set from its config.json;

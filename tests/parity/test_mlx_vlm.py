@@ -302,6 +302,15 @@ def test_the_whole_answer_is_mlx_vlms(loaded: Loaded) -> None:
             assert said == loaded.facts["questions"][picture]["answer"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded", ["float32"], indirect=True)
+def test_full_size_features_agree(loaded: Loaded) -> None:
+    """1024 pixels, each side's own processor before its tower. In bfloat16: minutes."""
+    picture = frozen.picture(*cases.FULL_SIZE)
+    features = np.array(loaded.engine.encode(picture).features)[:: cases.TOKEN_STRIDE]
+    assert relative_rms(features, loaded.arrays["full size.float32"]) <= FLOAT32
+
+
 @pytest.fixture(scope="module")
 def processor(
     tmp_path_factory: pytest.TempPathFactory, written: Callable[[Artifact, Path], None]
