@@ -18,7 +18,8 @@ from fastvlm_mlx.checkpoint.load import module_tensors
 from fastvlm_mlx.checkpoint.store import FLOATS, PACKED, Checkpoint, MappedTensor, target_dtype
 from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, find_tensors
 from fastvlm_mlx.convert.keys import CLIP_HEAD, app_key, native_key
-from fastvlm_mlx.convert.safetensors_writer import TensorSpec
+from fastvlm_mlx.convert.safetensors_writer import TensorSpec, check_finite
+from fastvlm_mlx.errors import CheckpointMismatch
 from fastvlm_mlx.quantize.apply import packed_specs, quantize_weight
 from fastvlm_mlx.quantize.recipes import Setting
 
@@ -106,7 +107,9 @@ def _clip_head(checkpoint: Checkpoint, dtype: str) -> Part:
     folder = (checkpoint.tower or checkpoint).folder
     stored = _find_clip_head(folder)
     kind = getattr(mx, dtype)
-    shape = stored.shape if stored else (checkpoint.config.vision.out_dim, _CLIP_DIM)
+    shape = (checkpoint.config.vision.out_dim, _CLIP_DIM)
+    if stored and stored.shape != shape:
+        raise CheckpointMismatch(f"{stored.name} is {stored.shape}, the config asks for {shape}")
 
     def make(reader: TensorReader) -> Arrays:
         with mx.stream(mx.cpu):
@@ -163,7 +166,10 @@ def _module_part(
             if tensors[leaf].stored.dtype in FLOATS:
                 arrays[leaf] = arrays[leaf].astype(kind)
         if setting is not None:
-            arrays |= quantize_weight(arrays.pop("weight"), setting)
+            weight = arrays.pop("weight")
+            # Here, as a packed group hides one: NaN becomes a code like any other.
+            check_finite(key(f"{path}.weight"), weight)
+            arrays |= quantize_weight(weight, setting)
         return {key(f"{path}.{leaf}"): array for leaf, array in arrays.items()}
 
     return Part(

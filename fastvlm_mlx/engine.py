@@ -184,11 +184,11 @@ class Engine:
         embeddings = self._before(prompt, images, system, ids)
         return tuple(score_ids(self.pipeline.model.decoder, embeddings, ids))
 
-    def logprobs(
+    def distributions(
         self,
         prompt: str,
-        images: Sequence[Picture] = (),
-        continuation_ids: Sequence[int] = (),
+        images: Sequence[Picture],
+        continuation_ids: Sequence[int],
         *,
         system: str = DEFAULT_SYSTEM,
     ) -> Iterator[mx.array]:

@@ -149,7 +149,7 @@ def _rows(
     engine: Engine, question: Question, image: EncodedImage, token_ids: Sequence[int]
 ) -> Iterator[np.ndarray]:
     """Yield the log-probabilities [V] before each token, normalised in float64."""
-    for block in engine.logprobs(question.text, [image], token_ids):
+    for block in engine.distributions(question.text, [image], token_ids):
         for row in np.array(block):
             if not np.isfinite(row).all():
                 raise FastVLMError(f"{engine.source} gives no numbers: its weights are damaged")

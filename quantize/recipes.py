@@ -19,6 +19,8 @@ Policy = Literal["float"] | int
 """What embeddings or projector become: "float", or so many bits."""
 Layers = Literal["spread", "all"]
 
+FEWEST_BITS = 2
+"""MLX reads 1 bit too; a decoder packed so says nothing."""
 DEFAULT_GROUP_SIZE = 64
 """Columns that share a scale in affine mode, as mlx-lm, mlx-vlm and Apple's app have them."""
 
@@ -47,7 +49,8 @@ def _what_works() -> str:
         )
 
     return "; ".join(
-        f"{mode} with {listed(bits)} bits in groups of {listed(group_sizes)}"
+        f"{mode} with {listed(tuple(b for b in bits if b >= FEWEST_BITS))} bits "
+        f"in groups of {listed(group_sizes)}"
         for mode, (bits, group_sizes) in QUANT_MODES.items()
     )
 
@@ -78,7 +81,7 @@ BALANCED: tuple[tuple[str, Layers], ...] = (
 # How much wider: bits → affine bits, in every mode. Going to 8 from 3 or 4 bits gained little over
 # these, as the narrow groups' error is what remains; mxfp8, the other modes' own wide one, was no
 # closer than affine at 6 bits. Of 8 bits nothing is wider.
-WIDER: dict[int, int] = {1: 4, 2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}
+WIDER: dict[int, int] = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8}
 
 
 def group_of(path: str) -> tuple[str, int | None] | None:
@@ -146,8 +149,10 @@ def make_recipe(
     if mode not in QUANT_MODES:
         raise ConfigError(f"unknown quantization mode {mode!r}: use {', '.join(QUANT_MODES)}")
     own = DEFAULT_GROUP_SIZE if mode == "affine" else QUANT_MODES[mode][1][0]
+    if bits < FEWEST_BITS:
+        raise ConfigError(f"{bits} bits leave nothing of a model: use {FEWEST_BITS} or more")
     narrow = Setting(bits, own if group_size is None else group_size, mode)
-    wide = _affine(WIDER[bits], narrow)
+    wide = _affine(WIDER[bits], narrow) if bits in WIDER else narrow
     wider = BALANCED if name == "balanced" else ()
     return Recipe(
         name=name,

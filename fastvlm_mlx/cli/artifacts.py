@@ -41,11 +41,18 @@ def artifact_options(function: _Function) -> _Function:
             metavar="NAME|FOLDER",
             help="Where the vision tower is, for exports for Apple's app, which hold none.",
         ),
-        click.argument("destination", metavar="DST", type=click.Path(path_type=Path)),
+        click.argument("destination", metavar="DST", callback=_named),
         click.argument("source", metavar="SRC"),
     ):
         function = add(function)
     return function
+
+
+def _named(_ctx: click.Context, _param: click.Parameter, value: str) -> Path:
+    """Refuse the empty name that an unset shell variable leaves: it would mean this folder."""
+    if not value:
+        raise click.BadParameter("the name of the destination is empty")
+    return Path(value)
 
 
 def dtype_option(function: _Function) -> _Function:
@@ -84,6 +91,6 @@ def _numbers(artifact: Artifact) -> str:
     quant = artifact.config.quant
     if quant is None:
         return artifact.dtype
-    others = sorted({bits for bits, _, _ in quant.overrides.values()} - {quant.bits})
-    wider = f" ({' and '.join(map(str, others))} in some modules)" if others else ""
-    return f"{quant.bits} bits{wider} {quant.mode} in groups of {quant.group_size}"
+    others = sorted({f"{bits} {mode}" for bits, _, mode in quant.overrides.values()})
+    some = f", {' and '.join(others)} in some modules" if others else ""
+    return f"{quant.bits} bits {quant.mode} in groups of {quant.group_size}{some}"

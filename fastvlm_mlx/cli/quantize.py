@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastvlm_mlx.cli.options import Command, option
 from fastvlm_mlx.config import QUANT_MODES
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.quantize.pictures import Examined
     from fastvlm_mlx.quantize.recipes import Policy, RecipeName
 
 
@@ -107,15 +109,16 @@ def command(
     console: Console = context.obj
     if pictures and not report:
         raise click.UsageError("--report-picture needs --report", context)
+    examined = _examined(pictures)
     make = None
     if bits == 16:
         _refuse_packing(context)
-        dtype = dtype or "float16"
+        dtype = "float16"
     else:
         make = partial(
             make_recipe,
             recipe,
-            bits=bits or (4 if mode == "affine" else QUANT_MODES[mode][0][0]),
+            bits=bits if bits is not None else _default_bits(mode),
             mode=mode,
             group_size=group_size,
             embeddings=embeddings,
@@ -126,6 +129,7 @@ def command(
         destination,
         dtype=dtype,
         recipe=make,
+        float_only=True,
         vision_from=vision_from,
         overwrite=overwrite,
         **common(console, context.meta[TYPED]),
@@ -133,7 +137,7 @@ def command(
     console.close()
     print_artifact(artifact)
     if report:
-        _report(console, source, destination, vision_from, pictures)
+        _report(console, source, destination, vision_from, examined)
 
 
 def _report(
@@ -141,12 +145,11 @@ def _report(
     source: str,
     destination: Path,
     vision_from: str | None,
-    pictures: tuple[str, ...],
+    pictures: tuple[Examined, ...] | None,
 ) -> None:
     """Compare both models, print the table and put report.json into the folder."""
     from fastvlm_mlx import load
     from fastvlm_mlx.checkpoint.hub import resolve
-    from fastvlm_mlx.quantize.pictures import own_pictures
     from fastvlm_mlx.quantize.report import measure
 
     def progress(done: int, total: int, model: str) -> None:
@@ -155,8 +158,8 @@ def _report(
     console.start("Loading the unquantized model")
     report = measure(
         lambda: load(source, vision_from=vision_from),
-        lambda: load(destination),
-        pictures=own_pictures(pictures) if pictures else None,
+        lambda: load(destination.absolute()),  # a folder named demo is not the demo model
+        pictures=pictures,
         vision_from=None if vision_from is None else resolve(vision_from),
         progress=progress,
     )
@@ -176,10 +179,26 @@ def _report(
         click.echo(f"not measured: {note}")
 
 
+def _examined(pictures: tuple[str, ...]) -> tuple[Examined, ...] | None:
+    """Open a user's pictures now: one that cannot be opened is said before hours of work."""
+    from fastvlm_mlx.prompt.image import open_image
+    from fastvlm_mlx.quantize.pictures import own_pictures
+
+    if not pictures:
+        return None
+    opened = own_pictures(pictures)
+    return tuple(dataclasses.replace(one, source=open_image(one.source)) for one in opened)
+
+
+def _default_bits(mode: str) -> int:
+    return 4 if mode == "affine" else QUANT_MODES[mode][0][0]
+
+
 def _refuse_packing(context: click.Context) -> None:
     """Refuse options that say how to pack where nothing is packed."""
-    for name in ("mode", "group_size", "recipe", "embeddings", "projector"):
+    for name in ("mode", "group_size", "recipe", "embeddings", "projector", "dtype"):
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            given = f"--{name.replace('_', '-')}"
             raise click.UsageError(
-                f"--bits 16 packs nothing: leave out --{name.replace('_', '-')}", context
+                f"--bits 16 is float16, nothing packed: leave out {given}", context
             )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from disks import make_read_only, mounted_tmpfs
+from safetensors.numpy import load_file, save_file
 
 import fastvlm_mlx as fv
 from tests.cli.command import DEMO, Run, copy_of_demo, edit_json, spawn, wait
@@ -86,8 +87,15 @@ def test_sixteen_bits_are_float16_and_nothing_is_packed(tmp_path: Path, run: Run
         (["--bits", "7"], "7 bits in groups of 64, affine cannot be packed: use affine with"),
         (["--bits", "4", "--group-size", "48"], "in groups of 48"),
         (["--mode", "mxfp4", "--bits", "8"], "8 bits in groups of 32, mxfp4 cannot be packed"),
-        (["--bits", "16", "--mode", "nvfp4"], "--bits 16 packs nothing: leave out --mode"),
+        (
+            ["--bits", "16", "--mode", "nvfp4"],
+            "16 is float16, nothing packed: leave out --mode",
+        ),
+        (["--bits", "16", "--dtype", "float32"], "leave out --dtype"),
+        (["--bits", "0"], "0 bits leave nothing of a model"),
         (["--embeddings", "many"], "'many' is no number of bits"),
+        (["--report-picture", "x.png"], "--report-picture needs --report"),
+        (["--report", "--report-picture", "missing.png"], "missing.png: no such file"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_refused_before_anything_is_written(
@@ -112,6 +120,43 @@ def test_a_quantized_model_is_not_quantized_again(tmp_path: Path, run: Run) -> N
     assert run("quantize", "demo", tmp_path / "packed").code == 0
     line = run("quantize", tmp_path / "packed", tmp_path / "again").refused()
     assert "quantized already: start from the float model" in line
+    line = run("quantize", tmp_path / "packed", tmp_path / "again", "--bits", "16").refused()
+    assert "quantized already: start from the float model" in line
+    assert names(tmp_path) == {"packed"}
+
+
+def test_an_empty_destination_is_not_the_current_folder(run: Run) -> None:
+    assert "the name of the destination is empty" in run("convert", "demo", "").refused()
+
+
+def test_the_report_is_of_what_was_written_whatever_its_name(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder named demo was reported on as the demo model, which loses nothing."""
+    monkeypatch.chdir(tmp_path)
+    options = ["--bits", "2", "--recipe", "uniform", "--report", "--report-picture", str(PICTURE)]
+    ran = run("quantize", "demo", "demo", *options)
+    assert ran.code == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["kl"]["mean"] > 0
+    assert report["quantized"]["size"]["decoder_bits_per_weight"] < 3
+    assert report["questions"] == 1
+    assert "KL, mean" in ran.out
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "mxfp8", "nvfp4"])
+def test_one_value_that_is_not_finite_is_not_packed_away(
+    tmp_path: Path, run: Run, mode: str, bad: str
+) -> None:
+    """`mx.quantize` makes a code of it like any other, and the model answers as if nothing were."""
+    model = copy_of_demo(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.language_model.layers.1.mlp.down_proj.weight"][3, 5] = float(bad)
+    save_file(weights, model / "model.safetensors")
+    line = run("quantize", model, tmp_path / "packed", "--mode", mode).refused()
+    assert "layers.1.mlp.down_proj.weight has values that are not finite" in line
+    assert names(tmp_path) == {"model"}
 
 
 _KILLED = """

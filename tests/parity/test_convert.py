@@ -21,6 +21,7 @@ import quantizing
 import source_folders as folders
 import sources
 from asking import CASES, DEMO, barred_ids, relative_rms
+from fileformats import stored
 from make_mlx_vlm_reference import inventory
 from mlx.utils import tree_flatten
 from sources import Source
@@ -200,6 +201,45 @@ def test_the_end_of_a_turn_ends_an_answer_whatever_the_source_says(
     (folder / "config.json").write_text(json.dumps(config))
     convert(folder, tmp_path / "native")
     assert json.loads((tmp_path / "native" / "config.json").read_text())["eos_token_id"] == 610
+
+
+def test_settings_of_modules_that_are_stored_float_are_not_passed_on(
+    tmp_path: Path, source: Source
+) -> None:
+    """Loading passes over them; converting once ended with "another model"."""
+    tensors = sources.mlx_tensors(source)
+    packed, _, setting = quantizing.quantize(tensors, 4, "BF16")
+    norm = {"language_model.model.layers.99.mlp.up_proj": {"group_size": 64, "bits": 8}}
+    whole = {k: v for k, v in packed.items() if "mm_projector" not in k}
+    whole |= {k: stored(tensors[k], "BF16") for k in tensors if "mm_projector" in k}
+    folder = folders.write_mlx_vlm(
+        tmp_path / "mlx",
+        source,
+        tensors=dict(sorted(whole.items())),
+        quantization=setting | norm | {"mm_projector.0": {"group_size": 64, "bits": 8}},
+    )
+    convert(folder, tmp_path / "native")
+    written = json.loads((tmp_path / "native" / "config.json").read_text())["quantization"]
+    assert written["mm_projector.0"] is False
+    assert not [key for key in written if "layers.99" in key]
+
+
+def test_a_projector_of_one_layer_is_converted_for_this_engine(
+    tmp_path: Path, source: Source
+) -> None:
+    first = {k: v for k, v in source.fused().tensors.items() if "projector.linear_2" not in k}
+    folder = folders.write_apple(tmp_path / "apple", Source(first, source.config, DEMO), "BF16")
+    config = json.loads((folder / "config.json").read_text()) | {"mm_projector_type": "linear"}
+    (folder / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    artifact = convert(folder, tmp_path / "native", say=said.append)
+    assert artifact.consumers == ("native",) and "this engine only" in said[0]
+    assert "mm_projector.weight" in inventory(tmp_path / "native")
+    ours, theirs = (
+        np.array(fv.load(where, dtype="float32").encode(demo_cases.picture("portrait")).features)
+        for where in (tmp_path / "native", folder)
+    )
+    assert np.array_equal(ours, theirs)
 
 
 def test_a_source_is_never_touched(tmp_path: Path, source: Source) -> None:

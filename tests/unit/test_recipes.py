@@ -36,7 +36,7 @@ def recipe(name: str = "uniform", bits: int = 4, num_layers: int = 24, **options
 def test_what_mlx_has_no_kernel_for_is_refused_with_what_works(
     setting: tuple[int, int, str],
 ) -> None:
-    with pytest.raises(ConfigError, match="affine with 1, 2, 3, 4, 5, 6 or 8 bits") as caught:
+    with pytest.raises(ConfigError, match="affine with 2, 3, 4, 5, 6 or 8 bits") as caught:
         Setting(*setting)
     assert "\n" not in str(caught.value)
 
@@ -45,7 +45,9 @@ def test_every_mode_width_and_group_size_of_the_table_is_a_setting() -> None:
     for mode, (widths, group_sizes) in QUANT_MODES.items():
         for bits in widths:
             for group_size in group_sizes:
-                Setting(bits, group_size, mode)
+                Setting(bits, group_size, mode)  # what a folder of others may have
+                if bits == 1:
+                    continue
                 made = recipe(bits=bits, mode=mode, group_size=group_size)
                 assert made.narrow == Setting(bits, group_size, mode)
 
@@ -120,8 +122,19 @@ def test_the_table_names_groups_that_exist_and_widths_that_are_wider() -> None:
     groups = {group_of(name.removesuffix(".weight")) for name in SHAPES["7b"]} - {None}
     names = {place[0] for place in groups if place}
     assert {group for group, _ in BALANCED} <= names
-    assert set(WIDER) == set(QUANT_MODES["affine"][0])
-    assert all(wide > bits for bits, wide in WIDER.items() if bits < 8)
+    assert set(WIDER) == set(QUANT_MODES["affine"][0]) - {1, 8}
+    assert all(wide > bits for bits, wide in WIDER.items())
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp8"])
+def test_of_8_bits_nothing_is_wider(mode: str) -> None:
+    made = recipe("balanced", bits=8, mode=mode)
+    assert made.wide == made.embeddings == made.narrow
+
+
+def test_one_bit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="1 bits leave nothing of a model: use 2 or more"):
+        recipe(bits=1)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 7, 8, 28])

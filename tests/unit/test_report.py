@@ -114,7 +114,9 @@ def test_distributions_say_of_each_token_what_score_says() -> None:
     engine = demo()
     image = engine.encode(EXAMPLES / "red_circle.png")
     ids = engine.pipeline.processor.tokenizer.encode("A red circle.")
-    rows = np.concatenate([np.array(block) for block in engine.logprobs(DESCRIBE, [image], ids)])
+    rows = np.concatenate(
+        [np.array(block) for block in engine.distributions(DESCRIBE, [image], ids)]
+    )
     assert rows.shape == (len(ids), engine.config.decoder.vocab_size)
     assert np.allclose(np.exp(rows.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
     scored = engine.score(DESCRIBE, [image], "A red circle.")
@@ -123,7 +125,7 @@ def test_distributions_say_of_each_token_what_score_says() -> None:
 
 def test_no_tokens_have_no_distributions() -> None:
     with pytest.raises(PromptError, match="no tokens"):
-        demo().logprobs(DESCRIBE)
+        demo().distributions(DESCRIBE, [], [])
 
 
 # The report
