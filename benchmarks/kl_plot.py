@@ -68,7 +68,10 @@ def draw(title: str, lines: dict[str, Sequence[Point]], *, joined: set[str]) -> 
         for point in ordered:
             across, up = x(point.bits), y(point.kl)
             parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="4" fill="{colour}"/>')
-            parts.append(_text(across + 7, up - 6, point.label, "start", colour))
+            if name in joined:
+                parts.append(_text(across + 7, up - 6, point.label, "start", colour))
+            else:  # out of the way of the lines' labels
+                parts.append(_text(across - 7, up + 13, point.label, "end", colour))
         parts.append(_text(WIDTH - RIGHT - 8, TOP + 18 + 16 * row, name, "end", colour))
     return "\n".join([*parts, "</svg>"]) + "\n"
 

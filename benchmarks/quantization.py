@@ -34,7 +34,7 @@ from fastvlm_mlx.convert.pipeline import convert
 from fastvlm_mlx.quantize.compare import Answered, answer_all, compare_all
 from fastvlm_mlx.quantize.pictures import bundled_pictures
 from fastvlm_mlx.quantize.recipes import make_recipe
-from fastvlm_mlx.quantize.report import Report, summarise
+from fastvlm_mlx.quantize.report import Report, device_name, summarise
 from fastvlm_mlx.quantize.side import describe
 
 WIDTHS = ("affine:8", "affine:4", "mxfp4:4", "nvfp4:4", "affine:6", "affine:5", "affine:3",
@@ -61,7 +61,7 @@ def trials(arguments: argparse.Namespace) -> Iterator[Trial]:
         mode, _, bits = width.partition(":")
         name = f"int{bits}" if mode == "affine" else mode
         for recipe in arguments.recipes:
-            if recipe == "balanced" and width == "affine:8":
+            if recipe == "balanced" and bits == "8":
                 continue  # nothing is wider: the same as uniform
             yield Trial(f"{name} {recipe}", arguments.dtype, recipe, mode, int(bits))
 
@@ -126,19 +126,37 @@ def sweep(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| | decoder, MB | bits a weight | KL, mean | KL, 99 % | same likeliest token | "
-        "same answer | set, exact | exam, exact |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| | files, MB | decoder, MB | bits a weight of it | KL, mean | KL, 99 % "
+        "| same likeliest token | same answer | set, exact | exam, exact |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in rows:
         shares = (one["top1_agreement"], one["same_answers"], one["exact"], one["exam"])
         shown = " | ".join("" if share is None else f"{share:.1%}" for share in shares)
         lines.append(
-            f"| {one['name']} | {one['decoder_bytes'] / 1e6:.2f} | "
+            f"| {one['name']} | {one['bytes'] / 1e6:.2f} | {one['decoder_bytes'] / 1e6:.2f} | "
             f"{one['decoder_bits_per_weight']:.2f} | {one['kl']['mean']:.1e} | "
             f"{one['kl']['p99']:.1e} | {shown} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def page(result: dict[str, Any]) -> str:
+    """Return the table with what it is, how it was made, and how to read it."""
+    rows = result["rows"]
+    return f"""# {result["model"]}: what quantizing costs
+
+    {result["command"]}
+
+mlx {result["mlx"]}, {result["device"]}; everything computed in {rows[0]["dtype"]}, packed weights
+unpacked first where that is a CPU, unless the row says otherwise. KL (nats) and agreement are along
+the {rows[0]["name"]} model's own answers to the bundled set's questions (`quantize/pictures.py`).
+*Exact* is the share of exactly right answers, to that set and to the demo model's examination.
+Float rows differ in what is computed in, not in the file. A quantized folder's files also hold the
+tower, unquantized, and a matrix that only other readers ask for (`head.proj`). *Balanced* keeps
+embeddings and some groups wider; at 8 bits nothing is wider.
+
+{table(rows)}"""
 
 
 def plot(model: str, rows: list[dict[str, Any]]) -> str:
@@ -167,9 +185,10 @@ def main() -> None:
     name = f"quantization-{Path(arguments.model).name.lower()}"
     result: dict[str, Any] = {
         "model": Path(arguments.model).name,
+        "command": " ".join(["python -m benchmarks.quantization", *sys.argv[1:]]),
         "pictures": "bundled",
         "exam_pictures": arguments.exam,
-        "device": str(mx.default_device()),
+        "device": device_name(),
         "mlx": version("mlx"),
         "rows": [],
     }
@@ -178,7 +197,7 @@ def main() -> None:
             result["rows"].append(one)
             print(table([one]).splitlines()[-1], flush=True)
             arguments.out.mkdir(parents=True, exist_ok=True)
-            write = {"json": json.dumps(result, indent=1) + "\n", "md": table(result["rows"])}
+            write = {"json": json.dumps(result, indent=1) + "\n", "md": page(result)}
             if any(made["recipe"] and made["kl"]["mean"] > 0 for made in result["rows"]):
                 write["svg"] = plot(result["model"], result["rows"])
             for suffix, text in write.items():

@@ -165,7 +165,7 @@ def summarise(
     if vocabulary > KEPT:
         notes.append(f"KL: over the {KEPT} likeliest tokens and all others as one, a lower bound")
     return Report(
-        device=_device(),
+        device=device_name(),
         pictures=len(pictures),
         questions=len(pairs),
         positions=len(kl),
@@ -212,7 +212,7 @@ def _worst(
     return tuple(sorted(rows, key=lambda row: -row.kl)[:_WORST])
 
 
-def _device() -> str:
+def device_name() -> str:
     """Return what ran it: MLX's device type and the chip's own name."""
     kind = "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
     return f"{kind}: {mx.device_info().get('device_name', 'unknown')}"
