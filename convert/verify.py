@@ -138,6 +138,7 @@ def verify(folder: Path, name: str) -> tuple[Finding, ...]:
 def require(folder: Path, name: str) -> bool:
     """Raise CheckpointMismatch, naming the first requirements that a folder fails, if it does.
 
+    For a folder that is not yet where the user wants it, so its own name is not said.
     Returns True if it meets them all, False if it is right but for the sizes of its tower, which
     the consumer's code fixes: a small model then, which that program cannot run.
     """
@@ -146,15 +147,15 @@ def require(folder: Path, name: str) -> bool:
     if failed and not only_sizes_differ(name, findings):
         said = "; ".join(f"{f.requirement}: {f.detail} [{f.cite}]" for f in failed[:2])
         more = f"; and {len(failed) - 2} more" if len(failed) > 2 else ""
-        raise CheckpointMismatch(f"{folder} does not do for {name}: {said}{more}")
+        raise CheckpointMismatch(f"what was written does not do for {name}: {said}{more}")
     return not failed
 
 
 def only_sizes_differ(name: str, findings: Iterable[Finding]) -> bool:
-    """Whether all that fails is that the tower has other sizes than the consumer's code."""
+    """Whether all is met but that the tower has other sizes than the consumer's code."""
     sizes = consumer(name).built_in_sizes
-    failed = {finding.requirement for finding in findings if finding.passed is False}
-    return bool(sizes) and sizes[0] in failed and failed <= set(sizes)
+    unmet = {finding.requirement for finding in findings if not finding.passed}
+    return bool(sizes) and sizes[0] in unmet and unmet <= set(sizes)
 
 
 def consumers_of(folder: Path) -> tuple[str, ...]:
@@ -168,6 +169,8 @@ def consumers_of(folder: Path) -> tuple[str, ...]:
         names = Folder(folder).tensors
     except Unchecked as error:
         raise CheckpointError(f"{folder}: {error}") from error
+    if not names:
+        raise CheckpointError(f"{folder}: the weight files hold no tensors")
     if any(name.startswith("multi_modal_projector.linear_0.") for name in names):
         return ("app",)
     if any(name.startswith("language_model.model.") for name in names):

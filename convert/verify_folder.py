@@ -76,7 +76,7 @@ class Folder:
         if (self.path / INDEX).exists():
             mapped = self.json(INDEX).get("weight_map")
             if not isinstance(mapped, dict) or not mapped:
-                raise Unchecked(f"{INDEX} has no weight_map")
+                raise Unchecked(f"{INDEX} has no weight_map that names a file")
             names = sorted(set(map(str, mapped.values())))
             missing = [name for name in names if not (self.path / name).is_file()]
             if missing:
@@ -130,7 +130,10 @@ class Folder:
             if not (self.path / name).exists():
                 continue
             if name.endswith(".jinja"):
-                return (self.path / name).read_text(encoding="utf-8")
+                try:
+                    return (self.path / name).read_text(encoding="utf-8")
+                except (OSError, ValueError) as error:
+                    raise Unchecked(f"{name} cannot be read: {one_line(str(error))}") from error
             template = self.json(name).get("chat_template")
             if isinstance(template, str):
                 return template

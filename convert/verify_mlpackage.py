@@ -39,7 +39,7 @@ def check_package(folder: Folder, requirement: Json) -> str | None:
     except Unchecked as error:
         return str(error)
     entries, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
-    entry = entries.get(root) if isinstance(entries, dict) else None
+    entry = entries.get(root) if isinstance(entries, dict) and isinstance(root, str) else None
     path = entry.get("path") if isinstance(entry, dict) else None
     if f"Data/{path}" != _MODEL:
         return f"{package}/Manifest.json's root model is {path!r}, not the one in Data"

@@ -71,7 +71,7 @@ def expected(requirement: Json, sizes: Sizes) -> Iterator[tuple[str, Shape]]:
                     pattern.format_map(place),
                     tuple(_evaluate(side, place, sizes) for side in shape),
                 )
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise Unchecked("config.json's sizes do not fit together") from error
 
 

@@ -168,6 +168,22 @@ def end_elsewhere(folder: Path) -> None:
     header_folders.write_json(folder / "generation_config.json", {"eos_token_id": 608})
 
 
+def write_template(content: bytes) -> Fault:
+    def fault(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_bytes(content)
+
+    return fault
+
+
+def make_template_a_folder(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.jinja").mkdir()
+
+
+def name_a_list_for_root(folder: Path) -> None:
+    edit_json(folder / "fastvithd.mlpackage" / "Manifest.json", rootModelIdentifier=[])
+
+
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 TOKENIZER = "tokenizer_config.json"
 FOUR_BITS = {"bits": 4, "group_size": 64}
@@ -191,6 +207,8 @@ FAULTS: dict[str, Fault] = {
     # config
     "no num_classes": set_field(CONFIG, vision_config__num_classes=None),
     "no layers": set_field(CONFIG, vision_config__layers=None),
+    "ratios without end": set_field(CONFIG, vision_config__mlp_ratios=[float("inf")] * 5),
+    "encodings by name": set_field(CONFIG, vision_config__pos_embs_shapes=[{"a": 7}] * 5),
     "ratios of 4.0": set_field(CONFIG, vision_config__mlp_ratios=[4.0] * 5),
     "two ends": set_field(CONFIG, eos_token_id=[610, 608]),
     "another end's id": set_field(CONFIG, eos_token_id=608),
@@ -222,6 +240,10 @@ FAULTS: dict[str, Fault] = {
     "no crop width": set_field(PROCESSOR, crop_size__width=None),
     "no shortest edge": set_field(PROCESSOR, size__shortest_edge=None),
     "a string template": write_string_template,
+    "a template in Latin-1": write_template("{{ 'é' }}".encode("latin-1")),
+    "a folder for a template": make_template_a_folder,
+    "a template that nests without end": write_template(b"{{ " + b"(" * 5000),
+    "a template that formats nothing": write_template(b"{{ '{a}'.format() }}"),
     "two templates": set_field(TOKENIZER, chat_template="{{ 1 }}"),
     "clean-up": set_field(TOKENIZER, clean_up_tokenization_spaces=True),
     "clean-up by default": set_field(TOKENIZER, clean_up_tokenization_spaces=None),
@@ -234,5 +256,6 @@ FAULTS: dict[str, Fault] = {
     "float16 features": package(dtype=header_folders.FLOAT16),
     "features by another name": package(name="features"),
     "features of a picture's form": package(shape=(1, 3072, 16, 16)),
+    "a list for the root model": name_a_list_for_root,
     "no weight.bin": drop_package_weights,
 }

@@ -222,9 +222,16 @@ def test_a_small_tower_is_right_for_all_but_those_with_apples_sizes_in_their_cod
     assert verify.require(folder, "mlx-swift-lm")
     assert verify.require(folder, "mlx-vlm") is False
     assert verify.only_sizes_differ("mlx-vlm", verify.verify(folder, "mlx-vlm"))
-    edit_json(folder / "config.json", image_token_index=611)
+    template = (folder / "chat_template.jinja").read_bytes()
+    (folder / "chat_template.jinja").write_bytes(b"\xff")  # what cannot be checked is not met
     with pytest.raises(CheckpointMismatch, match="for mlx-vlm"):
         verify.require(folder, "mlx-vlm")
+    (folder / "chat_template.jinja").write_bytes(template)
+    edit_json(folder / "config.json", image_token_index=611)
+    with pytest.raises(CheckpointMismatch, match="for mlx-vlm") as raised:
+        verify.require(folder, "mlx-vlm")
+    # A converter asks before the folder has its name: no user ever sees the one it has then.
+    assert str(folder) not in str(raised.value)
 
 
 # Core ML
@@ -303,3 +310,6 @@ def test_a_folder_is_meant_for_those_that_its_tensor_names_fit(
         verify.consumers_of(tmp_path)
     with pytest.raises(CheckpointMismatch, match="convert it first"):
         verify.consumers_of(header_folders.DEMO)
+    header_folders.write_header(tmp_path / "model.safetensors", {})
+    with pytest.raises(CheckpointError, match="the weight files hold no tensors"):
+        verify.consumers_of(tmp_path)

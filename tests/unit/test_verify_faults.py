@@ -37,6 +37,8 @@ app | app | a tower tensor | tensors.no-others | Load.swift:102 | head.proj
 mlx-swift-lm | bf16 | no num_classes | config.vision.num_classes | FastVLM.swift:35 | missing
 mlx-swift-lm | bf16 | no layers | config.vision.layers | FastVLM.swift:32 | missing
 native | bf16 | ratios of 4.0 | config.vision.mlp_ratios | FastVLM.swift:34 | whole numbers
+mlx-swift-lm | bf16 | ratios without end | config.vision.mlp_ratios | FastVLM.swift:34 | inf
+mlx-swift-lm | bf16 | encodings by name | config.vision.pos_embs_shapes | FastVLM.swift:37 | not a
 mlx-swift-lm | bf16 | two ends | config.eos_token_id | FastVLM.swift:67 | [610, 608]
 mlx-swift-lm | bf16 | no padding side | config.tokenizer_padding_side | FastVLM.swift:72 | missing
 native | bf16 | another end's id | tokenizer.eos-id | Tokenizer.swift:294 | 610
@@ -67,6 +69,12 @@ app | app | FastVLM's processor | processor.class | FastVLM.swift:494 | FastVLMP
 mlx-swift-lm | bf16 | no crop width | processor.crop_width | FastVLM.swift:938 | missing
 app | app | no shortest edge | processor.shortest_edge | FastVLM.swift:674 | missing
 mlx-swift-lm | bf16 | a string template | template.list | FastVLM.swift:1006 | such messages
+mlx-vlm | bf16 | a template in Latin-1 | template.string | prompt_utils.py:400 | cannot be read
+mlx-swift-lm | bf16 | a template in Latin-1 | template.list | FastVLM.swift:1006 | cannot be read
+mlx-vlm | bf16 | a folder for a template | template.string | prompt_utils.py:400 | cannot be read
+native | bf16 | a folder for a template | files.template | FastVLM.swift:1006 | there is no chat
+mlx-vlm | bf16 | a template that nests without end | template.string | prompt_utils.py:400 | fails
+mlx-vlm | bf16 | a template that formats nothing | template.string | prompt_utils.py:400 | fails
 native | bf16 | two templates | template.same | Hub.swift:199 | tokenizer_config.json
 mlx-swift-lm | bf16 | clean-up | tokenizer.clean-up | Tokenizer.swift:332 | True
 mlx-swift-lm | bf16 | clean-up by default | tokenizer.clean-up | Tokenizer.swift:332 | missing
@@ -79,6 +87,7 @@ app | app | 7B's tokens | tokenizer.image | FastVLM.swift:548 | 612
 app | app | float16 features | coreml.output | FastVLM.swift:315 | float16
 app | app | features by another name | coreml.output | FastVLM.swift:315 | 'features'
 app | app | features of a picture's form | coreml.output | FastVLM.swift:315 | [1, 3072, 16, 16]
+app | app | a list for the root model | coreml.package | FastVLM.swift:283 | root model
 app | app | no weight.bin | coreml.package | FastVLM.swift:283 | weight.bin
 """
 ROWS = [tuple(line.split(" | ")) for line in TABLE.strip().splitlines()]
