@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import shutil
+import stat
 import sys
 import tempfile
 import uuid
@@ -83,6 +84,7 @@ def write_tower_package(
     with _quiet_coremltools() as ct, _temporary_files_in(path.parent), _disk_errors(path):
         _convert(ct, path, checkpoint, precision)
         _make_reproducible(ct, path, checkpoint.config.vision)
+        _open_rights(path)
     gc.collect()  # a program's operations and variables refer to each other
 
 
@@ -165,6 +167,13 @@ def _make_reproducible(ct: Any, path: Path, config: VisionConfig) -> None:
     manifest["rootModelIdentifier"] = ids[manifest["rootModelIdentifier"]]
     text = json.dumps(manifest, indent=4, sort_keys=True) + "\n"
     (path / "Manifest.json").write_text(text, encoding="utf-8")
+
+
+def _open_rights(path: Path) -> None:
+    """Give a package the rights of the folder it is in; coremltools makes it for one user only."""
+    folder_mode = stat.S_IMODE(path.parent.stat().st_mode)
+    for place in (path, *path.rglob("*")):
+        place.chmod(folder_mode if place.is_dir() else folder_mode & 0o666)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from fastvlm_mlx.convert.sources import (
 from fastvlm_mlx.convert.verify import require
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.quantize.recipes import Recipe, Setting
+
+log = logging.getLogger("fastvlm_mlx")
 
 
 class MakeRecipe(Protocol):
@@ -94,6 +97,8 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if recipe is not None:
+        recipe(num_layers=1)  # numbers that cannot be packed are said before a download
     found = open_source(
         source,
         vision_from=vision_from,
@@ -157,9 +162,11 @@ def write_artifact(
         return lambda done: progress(done, weight_bytes, what) if progress else None
 
     with new_folder(destination, overwrite=overwrite, source=source.checkpoint.folder) as folder:
+        log.debug("writing %d tensors, %d files of weights", len(specs), len(shards))
         require_space(destination, weight_bytes)
         with nothing_cached():
             write_shards(folder, shards, arrays_in_order(parts), progress=report("Writing"))
+            log.debug("reading them back")
             _check_written(folder, specs, progress=report("Checking"))
         index = json.dumps(index_json(shards), indent=4) + "\n"
         (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
@@ -173,6 +180,7 @@ def write_artifact(
             command=command,
             bits_per_weight=bits,
         )
+        log.debug("checking the folder for %s", ", ".join(consumers))
         again = read_config(folder)
         # The ids to stop at are the tokenizer's there, whatever the source's config says.
         if again != dataclasses.replace(config, eos_ids=again.eos_ids):

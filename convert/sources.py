@@ -69,6 +69,8 @@ def open_source(
         if progress is not None:
             progress(done, total, f"Downloading {file}")
 
+    # Before a download too.
+    check_destination(destination, overwrite=overwrite, source=None)
     folder = resolve(name, say=say, progress=downloading)
     tower = None
     if vision_from is not None:

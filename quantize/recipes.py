@@ -36,22 +36,25 @@ class Setting:
     def __post_init__(self) -> None:
         bits, group_sizes = QUANT_MODES.get(self.mode, ((), ()))
         if self.bits not in bits or self.group_size not in group_sizes:
-            raise ConfigError(f"{self} cannot be packed: use {_what_works()}")
+            raise ConfigError(f"{self} cannot be packed: use {_what_works(self.mode)}")
 
     def __str__(self) -> str:
         return f"{self.bits} bits in groups of {self.group_size}, {self.mode}"
 
 
-def _what_works() -> str:
+def _what_works(mode: str) -> str:
+    """Say what a mode takes, or what every mode does if it is none."""
+
     def listed(numbers: tuple[int, ...]) -> str:
         return (
             ", ".join(map(str, numbers[:-1])) + (" or " if numbers[1:] else "") + str(numbers[-1])
         )
 
     return "; ".join(
-        f"{mode} with {listed(tuple(b for b in bits if b >= FEWEST_BITS))} bits "
+        f"{name} with {listed(tuple(b for b in bits if b >= FEWEST_BITS))} bits "
         f"in groups of {listed(group_sizes)}"
-        for mode, (bits, group_sizes) in QUANT_MODES.items()
+        for name, (bits, group_sizes) in QUANT_MODES.items()
+        if name == mode or mode not in QUANT_MODES
     )
 
 
@@ -160,8 +163,10 @@ def make_recipe(
         narrow=narrow,
         wide=wide,
         wider=wider,
-        embeddings=_policy(embeddings, narrow, wide if "embeddings" in dict(wider) else narrow),
-        projector=_policy(projector, narrow, None),
+        embeddings=_policy(
+            "embeddings", embeddings, narrow, wide if "embeddings" in dict(wider) else narrow
+        ),
+        projector=_policy("projector", projector, narrow, None),
     )
 
 
@@ -170,16 +175,23 @@ def _affine(bits: int, like: Setting) -> Setting:
     return Setting(bits, like.group_size if like.mode == "affine" else DEFAULT_GROUP_SIZE)
 
 
-def _policy(policy: Policy | None, narrow: Setting, default: Setting | None) -> Setting | None:
+def _policy(
+    what: str, policy: Policy | None, narrow: Setting, default: Setting | None
+) -> Setting | None:
     if policy is None:
         return default
     if policy == "float":
         return None
     if isinstance(policy, str):
-        raise ConfigError(f"{policy!r} is no number of bits: use one, or float")
-    if policy in QUANT_MODES[narrow.mode][0]:
-        return Setting(policy, narrow.group_size, narrow.mode)
-    return _affine(policy, narrow)
+        raise ConfigError(f"{what}: {policy!r} is no number of bits: use one, or float")
+    if policy < FEWEST_BITS:
+        raise ConfigError(f"{what}: {policy} bits leave nothing: use {FEWEST_BITS} or more")
+    try:
+        if policy in QUANT_MODES[narrow.mode][0]:
+            return Setting(policy, narrow.group_size, narrow.mode)
+        return _affine(policy, narrow)
+    except ConfigError as error:
+        raise ConfigError(f"{what}: {error}; or float") from error
 
 
 def plan_modules(

@@ -27,7 +27,7 @@ def fetch_error(error: BaseException, repo: str, revision: str | None) -> FetchE
 
     hub = constants.ENDPOINT
     no_cache = f"and {repo} is not whole in the cache {constants.HF_HUB_CACHE}"
-    instead = "give --model a local folder or demo"
+    instead = "give a local folder or demo"
     match error:
         case errors.LocalEntryNotFoundError() if error.__cause__ is not None:
             return fetch_error(error.__cause__, repo, revision)

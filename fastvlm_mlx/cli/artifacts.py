@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,6 +74,16 @@ def common(console: Console, typed: str) -> dict[str, Any]:
     console.start("Reading the source")
     say = lambda line: console.line(f"fastvlm: {line}")  # noqa: E731 (one expression)
     return {"command": typed, "say": say, "progress": console.report}
+
+
+@contextmanager
+def interruptible(console: Console, destination: Path) -> Iterator[None]:
+    """Say what Ctrl-C leaves: the destination as it was."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.line(f"fastvlm: interrupted: {destination} is as it was")
+        raise
 
 
 def print_artifact(artifact: Artifact) -> None:

@@ -11,6 +11,7 @@ from fastvlm_mlx.cli.artifacts import (
     artifact_options,
     common,
     dtype_option,
+    interruptible,
     print_artifact,
 )
 from fastvlm_mlx.cli.console import Console
@@ -34,20 +35,23 @@ def command(
     \b
     fastvlm convert apple/FastVLM-0.5B FastVLM-0.5B-bf16
     fastvlm convert ./llava-fastvithd_7b_stage3 FastVLM-7B-f16 --dtype float16
+    fastvlm convert apple/FastVLM-7B-int4 FastVLM-7B-int4 --vision-from apple/FastVLM-7B
 
     SRC is a folder in any layout, a hub name, or demo, and is never changed. A quantized SRC keeps
     its quantization. DST appears when it is whole, read back, and checked for each runtime.
+    Licence and notice files are copied; the model card names the licence and this command.
     """
     from fastvlm_mlx.convert.pipeline import convert
 
     console: Console = context.obj
-    artifact = convert(
-        source,
-        destination,
-        dtype=dtype,
-        vision_from=vision_from,
-        overwrite=overwrite,
-        **common(console, context.meta[TYPED]),
-    )
+    with interruptible(console, destination):
+        artifact = convert(
+            source,
+            destination,
+            dtype=dtype,
+            vision_from=vision_from,
+            overwrite=overwrite,
+            **common(console, context.meta[TYPED]),
+        )
     console.close()
     print_artifact(artifact)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fastvlm_mlx.cli.artifacts import TYPED, artifact_options, common, print_artifact
+from fastvlm_mlx.checkpoint.memory import readable_bytes
+from fastvlm_mlx.cli.artifacts import (
+    TYPED,
+    artifact_options,
+    common,
+    interruptible,
+    print_artifact,
+)
 from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import Command, option
 
@@ -25,7 +32,8 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "float16"]),
     default="float32",
     show_default=True,
-    help="What Core ML computes the tower in; Apple ships float32.",
+    help="What Core ML computes the tower in; Apple ships float32. In float16 the last stage, "
+    "where activations overflow, stays float32: 362 MB in place of 491.",
 )
 @click.pass_context
 def command(
@@ -44,19 +52,24 @@ def command(
 
     SRC is a float model in any layout, a hub name, or demo, and is never changed. The vision tower
     becomes fastvithd.mlpackage, straight from the weights: no torch and no Mac, but the app extra
-    (pip install 'fastvlm-mlx[app]').
+    (pip install 'fastvlm-mlx[app]'). All of decoder and projector is packed alike, which is what
+    the app reads. The app itself takes only towers of Apple's size, which the demo's is not.
     """
-    from fastvlm_mlx.convert.app import export_app
+    from fastvlm_mlx.convert.app import PACKAGE, export_app
 
     console: Console = context.obj
-    artifact = export_app(
-        source,
-        destination,
-        bits=int(bits),
-        vision_precision=vision_precision,
-        vision_from=vision_from,
-        overwrite=overwrite,
-        **common(console, context.meta[TYPED]),
-    )
+    with interruptible(console, destination):
+        artifact = export_app(
+            source,
+            destination,
+            bits=int(bits),
+            vision_precision=vision_precision,
+            vision_from=vision_from,
+            overwrite=overwrite,
+            **common(console, context.meta[TYPED]),
+        )
     console.close()
     print_artifact(artifact)
+    package = destination / PACKAGE
+    size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+    click.echo(f"{PACKAGE}: {readable_bytes(size)}, computes in {vision_precision}")

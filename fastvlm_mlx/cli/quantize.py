@@ -15,11 +15,13 @@ from fastvlm_mlx.cli.artifacts import (
     artifact_options,
     common,
     dtype_option,
+    interruptible,
     print_artifact,
 )
 from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import Command, option
 from fastvlm_mlx.config import QUANT_MODES
+from fastvlm_mlx.errors import FastVLMError
 
 if TYPE_CHECKING:
     from fastvlm_mlx.quantize.pictures import Examined
@@ -47,19 +49,21 @@ class PolicyType(click.ParamType):
     "Numbers",
     "--bits",
     type=int,
-    help="Bits a weight; 16 is float16, nothing packed.  [default: 4, or the mode's own]",
+    help="Bits a weight: 2, 3, 4, 5, 6 or 8; 16 is float16, nothing packed.  "
+    "[default: 4, or the mode's own]",
 )
 @option("Numbers", "--mode", type=click.Choice(list(QUANT_MODES)), default="affine",
         show_default=True, help="How groups of weights are packed.")  # fmt: skip
-@option("Numbers", "--group-size", type=int, help="Weights that share a scale.  [default: 64, or "
-        "the mode's own]")  # fmt: skip
+@option("Numbers", "--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.  "
+        "[default: 64, or the mode's own]")  # fmt: skip
 @option(
     "Numbers",
     "--recipe",
     type=click.Choice(["uniform", "balanced"]),
     default="balanced",
     show_default=True,
-    help="All modules alike, or those that matter most kept wider.",
+    help="All modules alike, or those that matter most kept wider: embeddings, and some layers' "
+    "q/k/v and down projections, in 6 bits beside 4.",
 )
 @option("Numbers", "--embeddings", type=PolicyType(), metavar="BITS|float",
         help="Embeddings and head.  [default: the recipe's]")  # fmt: skip
@@ -74,6 +78,14 @@ class PolicyType(click.ParamType):
     multiple=True,
     metavar="IMAGE",
     help="Measure on this picture instead of the bundled ones; may be repeated.",
+)
+@option(
+    "Report",
+    "--report-prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="What to ask about it; may be repeated.  [default: Describe the image.]",
 )
 @click.pass_context
 def command(
@@ -91,6 +103,7 @@ def command(
     dtype: str | None,
     report: bool,
     pictures: tuple[str, ...],
+    prompts: tuple[str, ...],
 ) -> None:
     """Write a checkpoint with its decoder packed into fewer bits. The vision tower stays float.
 
@@ -109,7 +122,9 @@ def command(
     console: Console = context.obj
     if pictures and not report:
         raise click.UsageError("--report-picture needs --report", context)
-    examined = _examined(pictures)
+    if prompts and not pictures:
+        raise click.UsageError("--report-prompt needs --report-picture", context)
+    examined = _examined(pictures, prompts)
     make = None
     if bits == 16:
         _refuse_packing(context)
@@ -124,20 +139,25 @@ def command(
             embeddings=embeddings,
             projector=projector,
         )
-    artifact = convert(
-        source,
-        destination,
-        dtype=dtype,
-        recipe=make,
-        float_only=True,
-        vision_from=vision_from,
-        overwrite=overwrite,
-        **common(console, context.meta[TYPED]),
-    )
+    with interruptible(console, destination):
+        artifact = convert(
+            source,
+            destination,
+            dtype=dtype,
+            recipe=make,
+            float_only=True,
+            vision_from=vision_from,
+            overwrite=overwrite,
+            **common(console, context.meta[TYPED]),
+        )
     console.close()
     print_artifact(artifact)
     if report:
-        _report(console, source, destination, vision_from, examined)
+        try:
+            _report(console, source, destination, vision_from, examined)
+        except (KeyboardInterrupt, FastVLMError):
+            console.line(f"fastvlm: {destination} is whole; only its report is missing")
+            raise
 
 
 def _report(
@@ -172,21 +192,21 @@ def _report(
     for what, before, after in report.rows():
         click.echo(f"{what:<22}{before:<18}{after}".rstrip())
     click.echo(
-        f"along the unquantized model's answers to {report.questions} questions about "
-        f"{report.pictures} pictures, {report.positions} tokens; on {report.device}"
+        f"along the unquantized model's answers: questions {report.questions}, "
+        f"pictures {report.pictures}, tokens {report.positions}; on {report.device}"
     )
     for note in report.notes:
         click.echo(f"not measured: {note}")
 
 
-def _examined(pictures: tuple[str, ...]) -> tuple[Examined, ...] | None:
+def _examined(pictures: tuple[str, ...], prompts: tuple[str, ...]) -> tuple[Examined, ...] | None:
     """Open a user's pictures now: one that cannot be opened is said before hours of work."""
     from fastvlm_mlx.prompt.image import open_image
-    from fastvlm_mlx.quantize.pictures import own_pictures
+    from fastvlm_mlx.quantize.pictures import DESCRIBE, own_pictures
 
     if not pictures:
         return None
-    opened = own_pictures(pictures)
+    opened = own_pictures(pictures, questions=prompts or (DESCRIBE,))
     return tuple(dataclasses.replace(one, source=open_image(one.source)) for one in opened)
 
 

@@ -125,6 +125,20 @@ def test_a_quantized_model_is_not_quantized_again(tmp_path: Path, run: Run) -> N
     assert names(tmp_path) == {"packed"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["quantize", "nobody/nothing", "out", "--bits", "7"], "7 bits in groups of 64"),
+        (["convert", "nobody/nothing", "no/folder/out"], "no/folder is missing"),
+        (["export-app", "nobody/nothing", "no/folder/out", "--bits", "4"], "no/folder is missing"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_downloaded(
+    run: Run, arguments: list[str], line: str
+) -> None:
+    assert line in run(*arguments).refused()
+
+
 def test_an_empty_destination_is_not_the_current_folder(run: Run) -> None:
     assert "the name of the destination is empty" in run("convert", "demo", "").refused()
 

@@ -346,7 +346,7 @@ def test_without_a_network_a_hub_name_is_one_line(tmp_path: Path) -> None:
         environment = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}
         words = ("generate", "-p", "hi", "--model", "apple/FastVLM-0.5B")
         message = wait(spawn(*words, env=environment)).refused()
-    assert "the network is off or" in message and "give --model a local folder or demo" in message
+    assert "the network is off or" in message and "give a local folder or demo" in message
 
 
 # ---- pictures

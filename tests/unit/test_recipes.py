@@ -36,9 +36,24 @@ def recipe(name: str = "uniform", bits: int = 4, num_layers: int = 24, **options
 def test_what_mlx_has_no_kernel_for_is_refused_with_what_works(
     setting: tuple[int, int, str],
 ) -> None:
-    with pytest.raises(ConfigError, match="affine with 2, 3, 4, 5, 6 or 8 bits") as caught:
+    with pytest.raises(ConfigError) as caught:
         Setting(*setting)
-    assert "\n" not in str(caught.value)
+    line = str(caught.value)
+    works = {
+        "affine": "affine with 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128",
+        "mxfp4": "mxfp4 with 4 bits in groups of 32",
+        "nvfp4": "nvfp4 with 4 bits in groups of 16",
+    }
+    own = [text for mode, text in works.items() if setting[2] in (mode, "gptq")]
+    assert "\n" not in line and all(text in line for text in own)
+    assert ("mxfp8" in line) == (setting[2] == "gptq"), "other modes are no help"
+
+
+def test_a_policy_that_cannot_be_packed_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"embeddings: 7 bits .* cannot be packed.*; or float"):
+        recipe(embeddings=7)
+    with pytest.raises(ConfigError, match="projector: 0 bits leave nothing"):
+        recipe(projector=0)
 
 
 def test_every_mode_width_and_group_size_of_the_table_is_a_setting() -> None:
