@@ -19,35 +19,41 @@ CONSUMERS = ("native", "mlx-vlm", "mlx-swift-lm", "app")
 
 
 @click.command("verify", cls=Command, short_help="Check a folder against what loads it.")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("name", metavar="DIR")
 @option(
     "Consumer",
     "--for",
-    "name",
+    "wanted",
     type=click.Choice(CONSUMERS),
-    help="The program that is to load the folder.  [default: all its layout is meant for]",
+    help="The program that is to load the folder; native is the folder as `fastvlm convert` writes "
+    "it, complete for all.  [default: all its layout is meant for]",
 )
 @option("Output", "--all", "show_all", is_flag=True, help="Show requirements that are met, too.")
 @option("Output", "--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(folder: Path, name: str | None, show_all: bool, as_json: bool) -> int:
+def command(name: str, wanted: str | None, show_all: bool, as_json: bool) -> int:
     """Check a folder against every requirement of the programs that load it.
 
     \b
     fastvlm verify ./FastVLM-0.5B-4bit
     fastvlm verify ./model --for app --all
 
-    Each requirement has the line of the program's source that it comes from. Only headers and
-    JSON are read, no weights. Exits with 0 if all are met, 1 if one fails, 2 if the folder cannot
-    be checked.
+    DIR is a folder that `convert`, `quantize` or `export-app` wrote, or another's in the same form.
+    Each requirement has the line of the program's source that it comes from. Only headers and JSON
+    are read, no weights. mlx-vlm and the app have the sizes of Apple's tower in their code: a small
+    model like the demo is held against those only if --for asks for it. Exits with 0 if all else is
+    met, 1 if a requirement fails, 2 if the folder cannot be checked.
     """
+    from fastvlm_mlx.checkpoint.hub import resolve
     from fastvlm_mlx.convert.verify import consumers_of, only_sizes_differ, verify
 
-    names = consumers_of(folder) if name is None else (name,)
+    folder = resolve(name, say=lambda line: click.echo(f"fastvlm: {line}", err=True))
+    meant_for = consumers_of(folder)
+    names = meant_for if wanted is None else (wanted,)
     found = {each: verify(folder, each) for each in names}
     # Nobody asked of a small model that it be Apple's size, unless --for names who does.
-    small = {each for each in names if name is None and only_sizes_differ(each, found[each])}
+    small = {each for each in names if not wanted and only_sizes_differ(each, found[each])}
     if as_json:
-        click.echo(json.dumps(_facts(folder, found), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_facts(folder, found, small), indent=2, ensure_ascii=False))
     else:
         for line in _lines(found, small, show_all=show_all):
             click.echo(line)
@@ -55,7 +61,9 @@ def command(folder: Path, name: str | None, show_all: bool, as_json: bool) -> in
     return 0 if all(finding.passed for finding in judged) else 1
 
 
-def _facts(folder: Path, found: dict[str, tuple[Finding, ...]]) -> dict[str, object]:
+def _facts(
+    folder: Path, found: dict[str, tuple[Finding, ...]], small: set[str]
+) -> dict[str, object]:
     """Return everything found, as JSON values."""
     from fastvlm_mlx.convert.verify import consumer
 
@@ -65,6 +73,7 @@ def _facts(folder: Path, found: dict[str, tuple[Finding, ...]]) -> dict[str, obj
             name: {
                 "version": consumer(name).version,
                 "passed": all(finding.passed for finding in findings),
+                "only_tower_sizes_differ": name in small,
                 "requirements": [
                     {
                         "id": finding.requirement,

@@ -85,13 +85,21 @@ def test_a_small_model_is_not_failed_for_its_size_unless_one_asks(run: Run, tmp_
     ran = run("verify", folder)
     assert ran.code == 0
     assert "mlx-vlm: takes only towers of Apple's size; all else is met" in ran.out
+    told = json.loads(run("verify", folder, "--json").out)["consumers"]
+    assert {name: told[name]["only_tower_sizes_differ"] for name in told} == {
+        "native": False, "mlx-vlm": True, "mlx-swift-lm": False,
+    }  # fmt: skip
     ran = run("verify", folder, "--for", "mlx-vlm")
     assert ran.code == 1
     assert "mm_hidden_size is 512, not 3072" in ran.out
 
 
 def test_what_cannot_be_checked_is_one_line(run: Run, tmp_path: Path) -> None:
-    assert run("verify", tmp_path / "none").refused() == f"{tmp_path / 'none'} is no folder"
+    assert (
+        run("verify", tmp_path / "none").refused() == f"folder {tmp_path / 'none'} does not exist"
+    )
+    assert "convert it first" in run("verify", "demo").refused()
+    assert "convert it first" in run("verify", "demo", "--for", "app").refused()
     assert "there is no *.safetensors" in run("verify", tmp_path).refused()
     assert "convert it first" in run("verify", DEMO).refused()
     assert "'torch' is not one of" in run("verify", tmp_path, "--for", "torch").refused()
