@@ -33,11 +33,12 @@ def native_config(
     *,
     dtype: str,
     im_end_id: int,
-    float_modules: Iterable[str] = (),
+    float_modules: Iterable[str],
 ) -> dict[str, Any]:
     """Return config.json of the native folder, read back as `config` with `im_end_id` to end on.
 
-    `raw` gives only what ModelConfig leaves out. Raises ConfigError for tower sizes that the
+    `float_modules` are the canonical paths of modules that stay float in a quantized model. `raw`
+    gives only what ModelConfig leaves out. Raises ConfigError for tower sizes that the
     format has no field for.
     """
     values = _common(config, raw, dtype=dtype, im_end_id=im_end_id) | {

@@ -2,7 +2,7 @@
 
 Knows a model card's front matter, and the licence and notice files, which must travel with the
 weights. What a card says is a stranger's text: three keys of it are read, and only plain values are
-passed on. Writes nothing.
+passed on. A vision tower from elsewhere has terms of its own. Writes nothing.
 
 Source: the card of https://huggingface.co/apple/FastVLM-0.5B (`license: apple-amlr`).
 """
@@ -10,8 +10,8 @@ Source: the card of https://huggingface.co/apple/FastVLM-0.5B (`license: apple-a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastvlm_mlx.checkpoint.hub import is_license_file
@@ -23,58 +23,104 @@ _HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@.+)?")
 # What may go from a stranger's card into ours.
 _LICENSE_ID = re.compile(r"[\w.+-]{1,64}")
 _LICENSE_NAME = re.compile(r"[\w.+() -]{1,64}")
-_README_BYTES = 1 << 20
+# A card is read, and a licence copied, up to this size; what is larger is none.
+_TEXT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """What a source says of itself. `license` is the hub's id, `license_files` are to be copied."""
+    """What a source says of itself. `license` is the hub's id.
 
-    base_model: str | None
+    `base_models` are what it was made from. `is_apple`: its weights derive from Apple's; a folder
+    that says nothing is taken for Apple's zips. `license_files` are to be copied, each under the
+    name it is given here. `tower` is where the vision tower is from, if that is elsewhere;
+    `is_apple` and `license_files` are then those of both.
+    """
+
+    base_models: tuple[str, ...]
     license: str | None
     license_name: str | None
-    license_files: tuple[Path, ...]
+    is_apple: bool
+    license_files: Mapping[str, Path]
+    tower: Provenance | None = None
 
     @property
     def is_own(self) -> bool:
-        """Whether it is this project's demo model or was made from it."""
-        return self.license_name == _OWN_LICENSE
-
-    @property
-    def is_apple(self) -> bool:
-        """Whether the weights are Apple's; a folder that says nothing is taken for its zips."""
-        from_apple = (self.base_model or "").startswith("apple/")
-        return from_apple or self.license in (None, APPLE_LICENSE)
+        """Whether it is this project's demo model or was made from it, and from nothing else."""
+        mine = self.license_name == _OWN_LICENSE and not self.is_apple
+        return mine and (self.tower is None or self.tower.is_own)
 
 
-def find_provenance(source_folder: Path, source_name: str) -> Provenance:
+def find_provenance(
+    source_folder: Path,
+    source_name: str,
+    *,
+    tower_folder: Path | None = None,
+    tower_name: str | None = None,
+) -> Provenance:
     """Read what the source is. `source_name` is what was asked for: "demo", a hub name, a folder.
 
-    A hub name is the base model; otherwise the README's front matter may name one.
+    A hub name is the base model; otherwise the README's front matter may name some. `tower_folder`
+    and `tower_name` are the same of the vision tower's source, where that is another.
     """
-    matter = _front_matter(source_folder / "README.md")
-    base = _first(matter.get("base_model", ()), _HUB_NAME)
-    match = _HUB_NAME.fullmatch(source_name)
+    found = _find(source_folder, source_name)
+    if tower_folder is None:
+        return found
+    tower = _find(tower_folder, tower_name or str(tower_folder))
+    return replace(
+        found,
+        is_apple=found.is_apple or tower.is_apple,
+        license_files=_joined(found.license_files, tower.license_files),
+        tower=tower,
+    )
+
+
+def _find(folder: Path, name: str) -> Provenance:
+    matter = _front_matter(folder / "README.md")
+    listed = tuple(base for base in matter.get("base_model", ()) if _HUB_NAME.fullmatch(base))
+    bases = tuple(dict.fromkeys(listed))
+    match = _HUB_NAME.fullmatch(name)
     # As `hub.resolve` has it: a folder that exists is no hub name.
-    if match and not Path(source_name).is_dir():
-        base = match["repo"]
+    if match and not Path(name).is_dir():
+        bases = (match["repo"],)
     license_id = _first(matter.get("license", ()), _LICENSE_ID)
     license_name = _first(matter.get("license_name", ()), _LICENSE_NAME)
-    if source_name == "demo":
-        base, license_id, license_name = None, "other", _OWN_LICENSE
+    if name == "demo":
+        listed, bases, license_id, license_name = (), (), "other", _OWN_LICENSE
+    from_apple = any(base.lower().startswith("apple/") for base in (*bases, *listed))
     return Provenance(
-        base_model=base,
+        base_models=bases,
         license=license_id,
         license_name=license_name,
-        license_files=find_license_files(source_folder),
+        is_apple=from_apple or license_id in (None, APPLE_LICENSE),
+        license_files={path.name: path for path in find_license_files(folder)},
     )
 
 
 def find_license_files(folder: Path) -> tuple[Path, ...]:
     """Return the source's licence and notice files, by name; they must travel with the weights."""
     return tuple(
-        path for path in sorted(folder.iterdir()) if is_license_file(path.name) and path.is_file()
+        path
+        for path in sorted(folder.iterdir())
+        if is_license_file(path.name) and path.is_file() and path.stat().st_size <= _TEXT_BYTES
     )
+
+
+def _joined(files: Mapping[str, Path], towers: Mapping[str, Path]) -> dict[str, Path]:
+    """Return both sources' licence files: the same text once, another of a taken name renamed."""
+    joined = dict(files)
+    texts = {path.read_bytes() for path in files.values()}
+    for name, path in towers.items():
+        if path.read_bytes() not in texts:
+            joined[_free_name(name, joined)] = path
+    return joined
+
+
+def _free_name(name: str, taken: Iterable[str]) -> str:
+    lower = {each.lower() for each in taken}  # a Mac's disks know no case
+    while name.lower() in lower:
+        name = f"{Path(name).stem}-vision-tower{Path(name).suffix}"
+    return name
 
 
 def _front_matter(path: Path) -> dict[str, tuple[str, ...]]:
@@ -85,7 +131,7 @@ def _front_matter(path: Path) -> dict[str, tuple[str, ...]]:
     if not path.is_file():
         return {}
     with path.open("rb") as file:
-        lines = file.read(_README_BYTES).decode("utf-8", "replace").splitlines()
+        lines = file.read(_TEXT_BYTES).decode("utf-8", "replace").splitlines()
     if not lines or lines[0].strip() != "---":
         return {}
     values: dict[str, list[str]] = {}
@@ -104,7 +150,7 @@ def _front_matter(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _scalars(text: str) -> list[str]:
-    inner = text.strip().removeprefix("[").removesuffix("]")
+    inner = re.sub(r"(^|\s)#.*", "", text).strip().removeprefix("[").removesuffix("]")
     return [part.strip().strip("'\"") for part in inner.split(",") if part.strip()]
 
 

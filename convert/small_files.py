@@ -55,22 +55,27 @@ def write_native_files(
     config: ModelConfig,
     raw: Json,
     dtype: str,
-    float_modules: Iterable[str] = (),
+    float_modules: Iterable[str],
     source_name: str,
     command: str,
-    bits_per_weight: float | None = None,
+    bits_per_weight: float,
+    tower_folder: Path | None = None,
+    tower_name: str | None = None,
 ) -> None:
     """Write everything of a native folder that is not weights.
 
     `raw` is the source's config.json, `dtype` that of the floats, `float_modules` the canonical
     paths of linear modules that stay float in a quantized model. `source_name` is the source as it
     was asked for, `command` the exact command; both are for the card, as is `bits_per_weight`.
+    `tower_folder` and `tower_name` are where the vision tower is from, if not from the source.
     Raises CheckpointError for a broken tokenizer, ConfigError for what the format cannot say.
     """
     tokenizer = make_tokenizer_files(
         source_folder, chat_template=CHAT_TEMPLATE, max_length=config.decoder.max_positions
     )
-    provenance = find_provenance(source_folder, source_name)
+    provenance = find_provenance(
+        source_folder, source_name, tower_folder=tower_folder, tower_name=tower_name
+    )
     values = native_config(
         config, raw, dtype=dtype, im_end_id=tokenizer.im_end_id, float_modules=float_modules
     )
@@ -94,7 +99,9 @@ def write_app_files(
     dtype: str,
     source_name: str,
     command: str,
-    bits_per_weight: float | None = None,
+    bits_per_weight: float,
+    tower_folder: Path | None = None,
+    tower_name: str | None = None,
 ) -> int:
     """Write everything of the folder for Apple's app but weights and mlpackage; return `<image>`'s
     id. Arguments and errors as `write_native_files`.
@@ -106,7 +113,9 @@ def write_app_files(
         with_image=True,
     )
     assert tokenizer.image_id is not None  # asked for
-    provenance = find_provenance(source_folder, source_name)
+    provenance = find_provenance(
+        source_folder, source_name, tower_folder=tower_folder, tower_name=tower_name
+    )
     values = app_config(
         config, raw, dtype=dtype, im_end_id=tokenizer.im_end_id, image_id=tokenizer.image_id
     )
@@ -168,12 +177,12 @@ def _processor_class(app: bool) -> str:
 
 
 def _write_rest(
-    folder: Path, tokenizer: TokenizerFiles, license_files: Iterable[Path], card: str
+    folder: Path, tokenizer: TokenizerFiles, license_files: Mapping[str, Path], card: str
 ) -> None:
     for name, content in tokenizer.contents.items():
         (folder / name).write_bytes(content)
-    for file in license_files:
-        shutil.copyfile(file, folder / file.name)
+    for name, file in license_files.items():
+        shutil.copyfile(file, folder / name)
     (folder / "README.md").write_bytes(card.encode())
 
 

@@ -21,6 +21,7 @@ from fastvlm_mlx.config import (
     VisionConfig,
 )
 from fastvlm_mlx.convert.config_json import app_config, native_config
+from fastvlm_mlx.convert.place import check_destination
 from fastvlm_mlx.convert.small_files import (
     APP_CHAT_TEMPLATE,
     CHAT_TEMPLATE,
@@ -280,8 +281,10 @@ def write_native(folder: Path, source: Path, layout: str, **options: Any) -> Pat
         config=config,
         raw=raw,
         dtype="float32",
+        float_modules=(),
         source_name=options.pop("source_name", "demo"),
         command="fastvlm convert demo out",
+        bits_per_weight=32.0,
         **options,
     )
     return folder
@@ -333,6 +336,7 @@ def test_an_app_folder_has_apples_files_and_one_id_for_image(tmp_path: Path) -> 
         dtype="float16",
         source_name="demo",
         command="fastvlm export-app demo out",
+        bits_per_weight=16.0,
     )
     assert image_id == 611
     assert json.loads((tmp_path / "config.json").read_text())["image_token_index"] == 611
@@ -362,3 +366,34 @@ def test_licences_travel_with_the_weights(tmp_path: Path) -> None:
     copied = {name for name in contents(folder) if "licen" in name.lower() or "NOTICE" in name}
     assert copied == {"LICENSE", "NOTICE.txt", "license_model.md"}
     assert (folder / "NOTICE.txt").read_text() == "NOTICE.txt text"
+
+
+@pytest.mark.parametrize("app", [False, True])
+def test_the_licences_of_a_tower_from_elsewhere_travel_too(tmp_path: Path, app: bool) -> None:
+    """Apple's terms came with the folder of --vision-from, and were left behind."""
+    source, tower, folder = (tmp_path / name for name in ("source", "tower", "out"))
+    for each in (source, tower, folder):
+        each.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (source / name).write_bytes((DEMO / name).read_bytes())
+    (source / "LICENSE").write_text("the source's")
+    (tower / "LICENSE").write_text("the tower's")
+    config, raw = read_demo(source)
+    options: dict[str, Any] = {} if app else {"float_modules": ()}
+    (write_app_files if app else write_native_files)(
+        folder,
+        source_folder=source,
+        config=config,
+        raw=raw,
+        dtype="float16",
+        source_name=str(source),
+        command="",
+        bits_per_weight=16.0,
+        tower_folder=tower,
+        tower_name="apple/FastVLM-0.5B",
+        **options,
+    )
+    assert (folder / "LICENSE").read_text() == "the source's"
+    assert (folder / "LICENSE-vision-tower").read_text() == "the tower's"
+    assert "base_model: apple/FastVLM-0.5B\n" in (folder / "README.md").read_text()
+    check_destination(folder, overwrite=True, source=None)
