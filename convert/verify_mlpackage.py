@@ -7,8 +7,10 @@ inside, which `tests/parity` evaluates.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastvlm_mlx.convert.verify_folder import Folder, Json, Unchecked
 
@@ -16,6 +18,8 @@ from fastvlm_mlx.convert.verify_folder import Folder, Json, Unchecked
 _DTYPES = {65568: "float32", 65552: "float16", 65600: "float64", 131104: "int32"}
 _MODEL = "Data/com.apple.CoreML/model.mlmodel"
 _WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+_BLOB_ALIGNMENT = 64
+_BLOB_SENTINEL = 0xDEADBEEF
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,14 @@ class Array:
 
 
 def check_package(folder: Folder, requirement: Json) -> str | None:
-    """Manifest, model and weights are there, and the manifest's root is the model."""
+    """Manifest, model and weights are there and whole; the manifest's root is the model."""
     package = requirement["package"]
     for part in ("Manifest.json", _MODEL, _WEIGHTS):
         path = folder.path / package / part
         if not path.is_file() or not path.stat().st_size:
             return f"there is no {package}/{part}"
+    if not _is_whole(folder.path / package / _WEIGHTS):
+        return f"{package}/{_WEIGHTS} is truncated or corrupt"
     try:
         manifest = folder.json(f"{package}/Manifest.json")
     except Unchecked as error:
@@ -44,6 +50,28 @@ def check_package(folder: Folder, requirement: Json) -> str | None:
     if f"Data/{path}" != _MODEL:
         return f"{package}/Manifest.json's root model is {path!r}, not the one in Data"
     return None
+
+
+def _is_whole(weights: Path) -> bool:
+    """Whether a weight file holds every blob that its header counts, to the last byte.
+
+    Its form is coremltools' MILBlob/Blob/StorageFormat.hpp: a header of 64 bytes that begins with
+    the count, then for each blob a record of 64 (sentinel, dtype, bytes, place) before its data.
+    """
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        (count,) = struct.unpack("<I", file.read(_BLOB_ALIGNMENT)[:4].ljust(4, b"\0"))
+        end = _BLOB_ALIGNMENT
+        for _ in range(count):
+            file.seek(-(-end // _BLOB_ALIGNMENT) * _BLOB_ALIGNMENT)
+            record = file.read(24)
+            if len(record) < 24:
+                return False
+            sentinel, _, nbytes, place = struct.unpack("<IIQQ", record)
+            if sentinel != _BLOB_SENTINEL or place < end:
+                return False
+            end = place + nbytes
+    return end <= size
 
 
 def check_array(folder: Folder, requirement: Json) -> str | None:

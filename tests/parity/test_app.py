@@ -22,6 +22,7 @@ from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.convert.app import export_app
 from fastvlm_mlx.convert.parts import app_parts
 from fastvlm_mlx.convert.safetensors_writer import index_json, plan_shards
+from fastvlm_mlx.convert.verify import verify
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.quantize.recipes import make_recipe, plan_modules
 
@@ -84,6 +85,25 @@ def test_everything_is_float16_or_packed_alike(exported: Path) -> None:
         assert quantization == {"group_size": 64, "bits": int(exported.name[4:])}
         assert packed == matrices
     assert not [key for key in rows if "vision" in key]
+
+
+def test_a_package_cut_short_by_a_byte_is_found_and_others_may_read_it(tmp_path: Path) -> None:
+    """coremltools makes its folders for one user only; a copy cut short looks whole."""
+    export_app("demo", tmp_path / "app", bits=4)
+    package = tmp_path / "app" / "fastvithd.mlpackage"
+    folder_mode = (tmp_path / "app").stat().st_mode & 0o777
+    for place in package.rglob("*"):
+        wanted = folder_mode if place.is_dir() else folder_mode & 0o666
+        assert place.stat().st_mode & 0o777 == wanted
+    weights = package / "Data" / "com.apple.CoreML" / "weights" / "weight.bin"
+
+    def finding() -> bool | None:
+        found = {one.requirement: one.passed for one in verify(tmp_path / "app", "app")}
+        return found["coreml.package"]
+
+    assert finding() is True
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert finding() is False
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:

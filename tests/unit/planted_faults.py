@@ -160,6 +160,12 @@ def drop_package_weights(folder: Path) -> None:
     (weights / "weight.bin").unlink()
 
 
+def cut_package_weights(folder: Path) -> None:
+    """A download cut short: the header counts a blob that is not there."""
+    weights = folder / "fastvithd.mlpackage" / "Data" / "com.apple.CoreML" / "weights"
+    (weights / "weight.bin").write_bytes((1).to_bytes(4, "little") + bytes(60))
+
+
 def add_image_token_beside(folder: Path) -> None:
     header_folders.write_json(folder / "added_tokens.json", {"<image>": 611})
 
@@ -258,4 +264,5 @@ FAULTS: dict[str, Fault] = {
     "features of a picture's form": package(shape=(1, 3072, 16, 16)),
     "a list for the root model": name_a_list_for_root,
     "no weight.bin": drop_package_weights,
+    "weight.bin cut short": cut_package_weights,
 }

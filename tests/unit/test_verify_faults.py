@@ -89,6 +89,7 @@ app | app | features by another name | coreml.output | FastVLM.swift:315 | 'feat
 app | app | features of a picture's form | coreml.output | FastVLM.swift:315 | [1, 3072, 16, 16]
 app | app | a list for the root model | coreml.package | FastVLM.swift:283 | root model
 app | app | no weight.bin | coreml.package | FastVLM.swift:283 | weight.bin
+app | app | weight.bin cut short | coreml.package | FastVLM.swift:283 | truncated
 """
 ROWS = [tuple(line.split(" | ")) for line in TABLE.strip().splitlines()]
 
