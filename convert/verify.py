@@ -1,9 +1,10 @@
 """Does a folder hold what a consumer requires? Replayed line by line, with the line it comes from.
 
 The requirements are data: `consumers/NAME.json` lists them, each with one plain sentence and the
-consumer's source file and line. This module runs them; `verify_files`, `verify_tensors`,
-`verify_packing` and `verify_mlpackage` know the kinds of check. Reads headers and JSON only: no
-weights, no MLX. Knows nothing of how a folder was made, nor of the tables that made it.
+consumer's source file and line. This module runs them; `verify_files`, `verify_template`,
+`verify_tensors`, `verify_packing` and `verify_mlpackage` know the kinds of check. Of weights only
+headers are read, without MLX. Knows nothing of how a folder was made, nor of the tables that made
+it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fastvlm_mlx.convert import (
     verify_files,
     verify_mlpackage,
     verify_packing,
+    verify_template,
     verify_tensors,
 )
 from fastvlm_mlx.convert.verify_folder import Folder, Json, Unchecked
@@ -37,8 +39,8 @@ _FILE_CHECKS: dict[str, Callable[[Folder, Json], str | None]] = {
     "token-name": verify_files.check_token_name,
     "no-token": verify_files.check_no_token,
     "generation-eos": verify_files.check_generation_eos,
-    "template": verify_files.check_template,
-    "same-template": verify_files.check_same_template,
+    "template": verify_template.check_template,
+    "same-template": verify_template.check_same_template,
     "weights": verify_files.check_weights,
     "no-stray-weights": verify_files.check_no_strays,
     "index": verify_tensors.check_index,

@@ -34,8 +34,9 @@ LEAVES = (".weight", ".scales", ".biases")
 def read_sizes(folder: Folder, table: Json) -> Sizes:
     """Return a lookup of the sizes a data file names: constants, or values of config.json.
 
-    The lookup raises Unchecked where config.json lacks one. Three follow from others: `head_dim`,
-    `out` (channels of the features) and `squeeze` (the squeeze-and-excite block's).
+    The lookup raises Unchecked where config.json lacks one. Five follow from others: `head_dim`,
+    `out` (channels of the features), `squeeze` (the squeeze-and-excite block's), and `first` and
+    `last` (the widths of these stages).
     """
 
     def size(name: str) -> Any:
