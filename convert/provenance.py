@@ -61,12 +61,12 @@ def find_provenance(
     """Read what the source is. `source_name` is what was asked for: "demo", a hub name, a folder.
 
     A hub name is the base model; otherwise the README's front matter may name some. `tower_folder`
-    and `tower_name` are the same of the vision tower's source, where that is another.
+    and `tower_name` are the same of the vision tower's source; no name: it is not another.
     """
     found = _find(source_folder, source_name)
-    if tower_folder is None:
+    if tower_folder is None or tower_name is None:
         return found
-    tower = _find(tower_folder, tower_name or str(tower_folder))
+    tower = _find(tower_folder, tower_name)
     return replace(
         found,
         is_apple=found.is_apple or tower.is_apple,

@@ -67,7 +67,7 @@ def write_native_files(
     `raw` is the source's config.json, `dtype` that of the floats, `float_modules` the canonical
     paths of linear modules that stay float in a quantized model. `source_name` is the source as it
     was asked for, `command` the exact command; both are for the card, as is `bits_per_weight`.
-    `tower_folder` and `tower_name` are where the vision tower is from, if not from the source.
+    `tower_folder` and `tower_name` are those of the vision tower's source; no name: it is the same.
     Raises CheckpointError for a broken tokenizer, ConfigError for what the format cannot say.
     """
     tokenizer = make_tokenizer_files(

@@ -133,6 +133,8 @@ def test_the_demo_with_anothers_tower_is_not_this_projects(tmp_path: Path) -> No
     assert not found.is_own and "Same licence as the project" not in card(found)
     again = find_provenance(tmp_path, "demo", tower_folder=tower, tower_name="demo")
     assert again.is_own
+    same = find_provenance(tmp_path, "demo", tower_folder=tower, tower_name=None)
+    assert same.is_own and same.tower is None
 
 
 def test_licence_files_of_both_travel_the_same_text_once(tmp_path: Path) -> None:
