@@ -32,7 +32,7 @@ from fastvlm_mlx.quantize.pictures import Examined, bundled_pictures
 from fastvlm_mlx.quantize.side import Side, describe
 
 _WORST = 5
-_UNPACKED = "its weights were unpacked for the CPU, so its times would be a float model's"
+_UNPACKED = "the quantized weights were unpacked for the CPU: times would be a float model's"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
