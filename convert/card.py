@@ -50,7 +50,8 @@ def native_card(
         fitting = "cropped to a square" + (pad if others else "")
     tower = "float16, its last stage float32" if dtype == "float16" else dtype
     sizes = _sizes(config, dtype, bits_per_weight, tower=tower, fitting=fitting)
-    return _card(provenance, what=what, sizes=sizes, command=command, use=use)
+    kind = _kind("MLX", config, dtype)
+    return _card(provenance, kind=kind, what=what, sizes=sizes, command=command, use=use)
 
 
 def app_card(
@@ -74,7 +75,8 @@ def app_card(
     # Whatever the source does: the app knows no padding (its FastVLM.swift).
     fitting = f"the shortest edge scaled to {config.vision.image_size}, then cropped to the centre"
     sizes = _sizes(config, dtype, bits_per_weight, tower=tower, fitting=fitting)
-    return _card(provenance, what=what, sizes=sizes, command=command, use=use)
+    kind = _kind("Apple's app", config, dtype)
+    return _card(provenance, kind=kind, what=what, sizes=sizes, command=command, use=use)
 
 
 def _other_readers(config: ModelConfig) -> tuple[str, ...]:
@@ -90,7 +92,13 @@ def _other_readers(config: ModelConfig) -> tuple[str, ...]:
 
 
 def _card(
-    provenance: Provenance, *, what: str, sizes: Mapping[str, str], command: str, use: str
+    provenance: Provenance,
+    *,
+    kind: str,
+    what: str,
+    sizes: Mapping[str, str],
+    command: str,
+    use: str,
 ) -> str:
     name = "FastVLM demo model" if provenance.is_own else "FastVLM"
     if provenance.base_models:
@@ -98,7 +106,7 @@ def _card(
     return "\n".join(
         (
             *_yaml(provenance),
-            f"# {name} (MLX)",
+            f"# {name} ({kind})",
             "",
             f"{name} {what}.{_origin(provenance)}",
             "",
@@ -117,6 +125,11 @@ def _card(
             "",
         )
     )
+
+
+def _kind(form: str, config: ModelConfig, dtype: str) -> str:
+    """Return what tells one model's folders apart."""
+    return f"{form}, {f'{config.quant.bits} bits' if config.quant else dtype}"
 
 
 def _origin(provenance: Provenance) -> str:

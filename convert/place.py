@@ -29,7 +29,7 @@ _ARTIFACT_FILES = re.compile(
     r"|report|special_tokens_map|tokenizer|tokenizer_config|vocab)\.json"
     r"|fastvithd\.mlpackage/(Manifest\.json|Data/.*\.mlmodel|Data/.*/weight\.bin)"
     r"|\.report\.json"  # a report that was being written
-    r"|(.*/)?\.DS_Store"  # the Finder's
+    r"|(.*/)?\.(DS_Store|gitkeep)"  # the Finder's; what keeps a folder in a repository
 )
 _DISK_ERRORS = {
     errno.ENOSPC: "no space left on the disk of {folder}: nothing was written",

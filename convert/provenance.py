@@ -88,12 +88,15 @@ def _find(folder: Path, name: str) -> Provenance:
     if name == "demo":
         listed, bases, license_id, license_name = (), (), "other", _OWN_LICENSE
     from_apple = any(base.lower().startswith("apple/") for base in (*bases, *listed))
+    files = {path.name: path for path in find_license_files(folder)}
+    # Apple's zips say nothing; a folder with a licence of its own is not taken for one.
+    from_apple |= license_id == APPLE_LICENSE or (license_id is None and not files)
     return Provenance(
         base_models=bases,
         license=license_id,
         license_name=license_name,
-        is_apple=from_apple or license_id in (None, APPLE_LICENSE),
-        license_files={path.name: path for path in find_license_files(folder)},
+        is_apple=from_apple,
+        license_files=files,
     )
 
 

@@ -62,6 +62,14 @@ def test_apples_zip_says_nothing_and_is_still_research_only(tmp_path: Path) -> N
     assert "research purposes only" in text
 
 
+def test_a_licence_file_without_a_word_of_apple_is_not_taken_for_apples(tmp_path: Path) -> None:
+    """A model trained by oneself, with an MIT licence beside it, was published as Apple's."""
+    text = card(find_provenance(source(tmp_path, None, "LICENSE", "NOTICE"), str(tmp_path)))
+    assert front_matter(text)["license"] == "other"
+    assert front_matter(text)["license_link"] == "LICENSE"
+    assert "The source's licence files are beside this card: `LICENSE`, `NOTICE`." in text
+
+
 @pytest.mark.parametrize("terms", ["mit", "other\nlicense_name: same-as-fastvlm-mlx"])
 @pytest.mark.parametrize(
     "bases",
@@ -111,7 +119,7 @@ def test_a_tower_of_apples_brings_its_terms_and_is_named(tmp_path: Path) -> None
     assert front_matter(text)["license"] == "apple-amlr"
     assert "Its vision tower is from `apple/FastVLM-0.5B`." in text
     assert "Made from" not in text
-    assert "# FastVLM (MLX)" in text
+    assert "# FastVLM (MLX, " in text
     files = "`LICENSE`, `LICENSE-vision-tower`"
     assert f"The sources' licence files are beside this card: {files}." in text
 
@@ -122,7 +130,7 @@ def test_both_base_models_are_named(tmp_path: Path) -> None:
     text = card(with_tower(tmp_path, mine, tower))
     matter = front_matter(text)
     assert (matter["base_model"], matter["license"]) == (["me/base", "you/tower"], "other")
-    assert "# base (MLX)" in text
+    assert "# base (MLX, " in text
     assert "Made from `me/base`. Its vision tower is from `you/tower`." in text
     assert "The source names its licence: mit. Its vision tower's: apache-2.0." in text
 
