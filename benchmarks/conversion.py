@@ -29,23 +29,19 @@ from typing import Any
 import numpy as np
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 TOWER_KEYS = ROOT / "tests" / "parity" / "keys_apple_fused.json"
 SHARD_BYTES = 5 * 10**9
 BLOCK = 2**22
-# hidden, layers, heads, kv heads, intermediate, vocabulary
-SIZES = {
-    "0.5b": (896, 24, 14, 2, 4864, 151936),
-    "1.5b": (1536, 28, 12, 2, 8960, 151936),
-    "7b": (3584, 28, 28, 4, 18944, 152064),
-}
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of(size: str) -> Shapes:
-    hidden, layers, heads, kv_heads, inner, rows = SIZES[size]
-    narrow = hidden // heads * kv_heads
+    sizes = PRESETS[size].decoder
+    hidden, inner, rows = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
+    narrow = hidden // sizes.num_heads * sizes.num_kv_heads
     shapes: Shapes = {k: tuple(s) for k, s in json.loads(TOWER_KEYS.read_text()).items()}
     shapes |= {
         "model.mm_projector.0.weight": (hidden, 3072),
@@ -56,7 +52,7 @@ def shapes_of(size: str) -> Shapes:
         "model.norm.weight": (hidden,),
         "lm_head.weight": (rows, hidden),
     }
-    for layer in range(layers):
+    for layer in range(sizes.num_layers):
         at = f"model.layers.{layer}."
         for name, width in (("q", hidden), ("k", narrow), ("v", narrow)):
             shapes[f"{at}self_attn.{name}_proj.weight"] = (width, hidden)
@@ -71,25 +67,25 @@ def shapes_of(size: str) -> Shapes:
 
 
 def config_of(size: str) -> dict[str, Any]:
-    hidden, layers, heads, kv_heads, inner, rows = SIZES[size]
+    sizes = PRESETS[size].decoder
     return {
         "eos_token_id": 151645,
-        "hidden_size": hidden,
+        "hidden_size": sizes.hidden_size,
         "image_aspect_ratio": "pad",
-        "intermediate_size": inner,
+        "intermediate_size": sizes.intermediate_size,
         "max_position_embeddings": 32768,
         "mm_hidden_size": 3072,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_tower": "mobileclip_l_1024",
         "model_type": "llava_qwen2",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
+        "num_attention_heads": sizes.num_heads,
+        "num_hidden_layers": sizes.num_layers,
+        "num_key_value_heads": sizes.num_kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
-        "tie_word_embeddings": size != "7b",
+        "tie_word_embeddings": sizes.tied,
         "tokenizer_model_max_length": 8192,
-        "vocab_size": rows,
+        "vocab_size": sizes.vocab_size,
     }
 
 
@@ -128,7 +124,7 @@ def write_checkpoint(folder: Path, size: str) -> int:
     """Return the bytes of its weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_of(size)))
-    write_tokenizer(folder, SIZES[size][-1])
+    write_tokenizer(folder, PRESETS[size].decoder.vocab_size)
     rows = []
     for key, shape in shapes_of(size).items():
         dtype = "I64" if key.endswith("num_batches_tracked") else "BF16"
@@ -156,7 +152,7 @@ def write_checkpoint(folder: Path, size: str) -> int:
             file.write(struct.pack("<Q", len(text)) + text)
             for key, dtype, shape, _ in shard:
                 # In the smaller sizes the head is the embedding's copy.
-                copied = key == "lm_head.weight" and size != "7b"
+                copied = key == "lm_head.weight" and PRESETS[size].decoder.tied
                 seed = "model.embed_tokens.weight" if copied else key
                 file.writelines(values(seed, shape, dtype))
     index = {"metadata": {}, "weight_map": weight_map}
@@ -190,7 +186,7 @@ def largest_shard(folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="7b")
+    parser.add_argument("--size", choices=PRESETS, default="7b")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where to work; removed from it at the end")
     options = parser.parse_args()
