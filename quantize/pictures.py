@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 
 from fastvlm_mlx.prompt.image import ImageSource
 from fastvlm_mlx.prompt.sources import source_name
@@ -56,6 +57,14 @@ def bundled_pictures() -> tuple[Examined, ...]:
 def own_pictures(
     sources: Sequence[str | os.PathLike[str]], *, questions: Sequence[str] = (DESCRIBE,)
 ) -> tuple[Examined, ...]:
-    """Return a user's pictures (paths or URLs), each to be asked the same questions."""
+    """Return a user's pictures (paths or URLs), each to be asked the same questions.
+
+    A file goes by its name without its folders, as reports are published.
+    """
     asked = tuple(Question(text) for text in questions)
-    return tuple(Examined(source_name(source), source, asked) for source in sources)
+    return tuple(Examined(_name(source), source, asked) for source in sources)
+
+
+def _name(source: str | os.PathLike[str]) -> str:
+    path = Path(os.fspath(source))
+    return path.name if path.is_file() else source_name(source)

@@ -155,6 +155,7 @@ def test_the_report_is_of_what_was_written_whatever_its_name(
     assert report["kl"]["mean"] > 0
     assert report["quantized"]["size"]["decoder_bits_per_weight"] < 3
     assert report["questions"] == 1
+    assert report["worst"][0]["picture"] == PICTURE.name, "no folders of the user's in a report"
     assert "KL, mean" in ran.out
 
 
