@@ -250,6 +250,16 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line_and_leaves_nothing(tmp_path
         assert names(small) == set()
 
 
+def test_a_disk_without_room_for_the_package_is_one_line_and_leaves_nothing(
+    tmp_path: Path, run: Run
+) -> None:
+    """The decoder's file fits; coremltools' writers know no errno, and keep a copy."""
+    pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python")
+    with mounted_tmpfs(tmp_path / "small", nbytes=4 << 20) as small:
+        assert "free" in run("export-app", "demo", small / "app", "--bits", "4").refused()
+        assert names(small) == set()
+
+
 def test_a_read_only_destination_is_one_line(tmp_path: Path, run: Run) -> None:
     with mounted_tmpfs(tmp_path / "disk", nbytes=64 << 20) as disk:
         make_read_only(disk)
