@@ -276,7 +276,7 @@ def test_with_the_network_off_the_cache_is_used_and_said(
     ]
     error = off["org/nothing"]["error"]
     assert error.startswith(f"the network is off or {dead} cannot be reached")
-    assert "HF_HUB_OFFLINE=1" in error and "--model a local folder or demo" in error
+    assert "HF_HUB_OFFLINE=1" in error and "give a local folder or demo" in error
 
 
 # ---- names that need no network
