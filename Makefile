@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 dev: $(VENV)/.installed-dev
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 import fastvlm_mlx as fv
 from tests.cli.command import DEMO, Run, copy_of_demo, edit_json, spawn, wait
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 PICTURE = Path(__file__).parents[2] / "examples" / "images" / "number_42.png"
 ANSWER = "The number 42 in blue."
 

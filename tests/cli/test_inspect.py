@@ -217,6 +217,7 @@ def test_seven_billion_parameters_are_inspected_without_reading_one(tmp_path: Pa
     assert peak < 400 * 2**20
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_the_machine_is_refused_before_it_is_read(
     run: Run, tmp_path: Path
 ) -> None:

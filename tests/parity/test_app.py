@@ -26,6 +26,8 @@ from fastvlm_mlx.convert.verify import verify
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.quantize.recipes import make_recipe, plan_modules
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 pytest.importorskip("coremltools", reason="coremltools has no wheel for this Python")
 
 PICTURE = DEMO.parents[1] / "examples" / "images" / "number_42.png"

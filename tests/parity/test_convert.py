@@ -31,6 +31,8 @@ from fastvlm_mlx.convert.pipeline import convert
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.quantize.recipes import group_of, make_recipe
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 HEAD = "vision_tower.vision_model.head.proj"
 EMBEDDING = "language_model.model.embed_tokens.weight"
 

@@ -29,6 +29,8 @@ from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
 from fastvlm_mlx.convert import coreml, mil_tower
 from fastvlm_mlx.convert.coreml import Precision, write_tower_package
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 if importlib.util.find_spec("coremltools") is None:
     pytest.skip("coremltools has no release for this Python here", allow_module_level=True)
 

@@ -32,6 +32,8 @@ from asking import (
 import fastvlm_mlx as fv
 from fastvlm_mlx.prompt.processor import TextIds
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 LOGIT_TOLERANCE = 1e-4
 
 

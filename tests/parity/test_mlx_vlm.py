@@ -52,6 +52,8 @@ from fastvlm_mlx.prompt.processor import Processor, TextIds
 from fastvlm_mlx.prompt.template import user_message
 from fastvlm_mlx.sampling import GREEDY
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 REFERENCE: dict[str, Any] = json.loads((cases.HERE / "artifacts.json").read_text("utf-8"))
 FLOAT32 = 1e-5
 FEATURES, FEATURES_PACKED = 3e-2, 5e-2

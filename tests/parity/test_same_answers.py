@@ -28,6 +28,8 @@ from sources import Source
 import fastvlm_mlx as fv
 from fastvlm_mlx.errors import CheckpointMismatch
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 
 @dataclass(frozen=True)
 class Answers:

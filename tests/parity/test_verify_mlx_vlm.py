@@ -15,6 +15,8 @@ from planted_faults import FAULTS
 
 from fastvlm_mlx.convert import verify
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 REFERENCE = json.loads((Path(__file__).parent / "verify_mlx_vlm.json").read_text())["folders"]
 
 # What loads there and does not work: a rotation that was never trained, pictures that are dropped,

@@ -23,6 +23,8 @@ from fastvlm_mlx.checkpoint.tensors import TensorReader
 from fastvlm_mlx.convert.coreml import require_coremltools, write_tower_package
 from fastvlm_mlx.errors import BackendError, CheckpointError, CheckpointMismatch
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo"
 needs_coremltools = pytest.mark.skipif(
     importlib.util.find_spec("coremltools") is None,

@@ -30,6 +30,8 @@ from fastvlm_mlx.quantize.pictures import (
 from fastvlm_mlx.quantize.recipes import make_recipe
 from fastvlm_mlx.quantize.report import Report, measure
 
+pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
+
 EXAMPLES = Path(__file__).parents[2] / "examples/images"
 DEMO = Path(str(resources.files("fastvlm_mlx"))) / "demo"
 FEW = bundled_pictures()[1:3]
