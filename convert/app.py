@@ -80,7 +80,9 @@ def export_app(
         dtype=_DTYPE,
         consumers=("app",),
         write_files=write_files,
-        read_config=lambda folder: open_checkpoint(folder, vision_from=found.tower_folder).config,
+        read_config=lambda folder: (
+            open_checkpoint(folder, vision_from=checkpoint.tower_folder).config
+        ),
         overwrite=overwrite,
         command=command,
         progress=progress,

@@ -31,7 +31,9 @@ Arrays = dict[str, mx.array]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The tensors of one module, made together. `make` returns them unevaluated, by key."""
+    """The tensors of one module, made together. `make` returns them by key; packed ones have been
+    evaluated, the others not.
+    """
 
     specs: tuple[TensorSpec, ...]
     make: Callable[[TensorReader], Arrays]
@@ -104,8 +106,7 @@ def _native_axes(name: str, array: mx.array) -> mx.array:
 
 def _clip_head(checkpoint: Checkpoint, dtype: str) -> Part:
     """Strict loaders demand the CLIP head, which nobody computes: the source's own, or zeros."""
-    folder = (checkpoint.tower or checkpoint).folder
-    stored = _find_clip_head(folder)
+    stored = _find_clip_head(checkpoint.tower_folder)
     kind = getattr(mx, dtype)
     shape = (checkpoint.config.vision.out_dim, _CLIP_DIM)
     if stored and stored.shape != shape:

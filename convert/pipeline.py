@@ -174,7 +174,7 @@ def write_artifact(
             folder,
             source_folder=source.checkpoint.folder,
             source_name=source.name,
-            tower_folder=source.tower_folder,
+            tower_folder=source.checkpoint.tower_folder,
             tower_name=source.tower_name,
             config=config,
             raw=source.raw,

@@ -7,12 +7,12 @@ modules. Writes nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.checkpoint.hub import resolve
+from fastvlm_mlx.checkpoint.hub import Progress, Say, model_folder
 from fastvlm_mlx.checkpoint.load import check_tower, decide_tied
 from fastvlm_mlx.checkpoint.store import FLOATS, Checkpoint, open_checkpoint
 from fastvlm_mlx.checkpoint.tensors import read_json
@@ -20,9 +20,6 @@ from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.place import check_destination
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.quantize.recipes import Recipe, Setting, group_of, plan_modules, quant_config
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -35,17 +32,6 @@ class Source:
     tower_name: str | None
     checkpoint: Checkpoint
     raw: Mapping[str, Any]
-
-    @property
-    def folders(self) -> tuple[Path, ...]:
-        """The folders that are read: the checkpoint's, and the tower's if that is another."""
-        tower = self.checkpoint.tower
-        return (self.checkpoint.folder, *((tower.folder,) if tower else ()))
-
-    @property
-    def tower_folder(self) -> Path:
-        """The folder that the tower is in."""
-        return self.folders[-1]
 
 
 def open_source(
@@ -65,16 +51,12 @@ def open_source(
     CheckpointMismatch, ConfigError or FetchError.
     """
 
-    def downloading(done: int, total: int, file: str) -> None:
-        if progress is not None:
-            progress(done, total, f"Downloading {file}")
-
     # Before a download too.
     check_destination(destination, overwrite=overwrite, source=None)
-    folder = resolve(name, say=say, progress=downloading)
+    folder = model_folder(name, say=say, progress=progress)
     tower = None
     if vision_from is not None:
-        tower = resolve(vision_from, say=say, progress=downloading)
+        tower = model_folder(vision_from, say=say, progress=progress)
     checkpoint = open_checkpoint(folder, vision_from=tower)
     check_tower(checkpoint)
     if float_only and checkpoint.quantized_paths:

@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from fastvlm_mlx.backend import select_device
-from fastvlm_mlx.checkpoint.hub import resolve
+from fastvlm_mlx.checkpoint.hub import Progress, Say, model_folder
 from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.memory import free_bytes, require_memory
 from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
@@ -39,9 +39,6 @@ log = logging.getLogger("fastvlm_mlx")
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Folding and casting hold one module's source beside its result.
 _LOADING_SHARE = 1.2
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -255,8 +252,10 @@ def load(
         raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
     kind = _DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
     checkpoint = open_checkpoint(
-        _folder(model, say, progress),
-        vision_from=_folder(vision_from, say, progress) if vision_from is not None else None,
+        model_folder(model, say=say, progress=progress),
+        vision_from=None
+        if vision_from is None
+        else model_folder(vision_from, say=say, progress=progress),
     )
     processor = Processor.from_folder(
         checkpoint.folder,
@@ -272,16 +271,6 @@ def load(
     )
     stop_ids = processor.tokenizer.stop_ids | set(network.config.eos_ids)
     return Engine(Pipeline(network, processor, stop_ids), checkpoint.folder, checkpoint.layout.name)
-
-
-def _folder(model: str | Path, say: Say | None, progress: Progress | None) -> Path:
-    """Return the local folder of a name, downloaded first if need be."""
-
-    def downloading(done: int, total: int, file: str) -> None:
-        if progress is not None:
-            progress(done, total, f"Downloading {file}")
-
-    return resolve(str(model), say=say, progress=downloading)
 
 
 def _named(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:

@@ -77,6 +77,18 @@ def resolve(
     return _from_hub(*place, say or (lambda _: None), progress or (lambda *_: None))
 
 
+def model_folder(
+    name: str | os.PathLike[str], *, say: Say | None = None, progress: Progress | None = None
+) -> Path:
+    """`resolve`, its progress called "Downloading FILE" for a caller with other work to show."""
+
+    def downloading(done: int, total: int, file: str) -> None:
+        if progress is not None:
+            progress(done, total, f"Downloading {file}")
+
+    return resolve(name, say=say, progress=downloading)
+
+
 def resolve_config(name: str | os.PathLike[str]) -> Path:
     """A folder that holds the config.json of a checkpoint, and perhaps nothing else of it.
 

@@ -72,6 +72,11 @@ class Checkpoint:
     tower: Checkpoint | None = None
 
     @property
+    def tower_folder(self) -> Path:
+        """The folder that the tower comes from."""
+        return (self.tower or self).folder
+
+    @property
     def stored_bytes(self) -> int:
         """Bytes of all tensors the model needs, as stored."""
         return sum(tensor.stored.nbytes for tensor in self.tensors.values())

@@ -69,8 +69,6 @@ def dtype_option(function: _Function) -> _Function:
 
 def common(console: Console, typed: str) -> dict[str, Any]:
     """Return what every artifact's writer is given: the command line, the console's callbacks."""
-    # Without this, `kill` ends Python at once and leaves the half-made folder to the next run.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console.start("Reading the source")
     say = lambda line: console.line(f"fastvlm: {line}")  # noqa: E731 (one expression)
     return {"command": typed, "say": say, "progress": console.report}
@@ -78,12 +76,18 @@ def common(console: Console, typed: str) -> dict[str, Any]:
 
 @contextmanager
 def interruptible(console: Console, destination: Path) -> Iterator[None]:
-    """Say what Ctrl-C leaves: the destination as it was."""
+    """Let `kill` clean up as Ctrl-C does, and say of that one what it leaves.
+
+    Otherwise `kill` ends Python at once and leaves the half-made folder to the next run.
+    """
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     except KeyboardInterrupt:
-        console.line(f"fastvlm: interrupted: {destination} is as it was")
+        console.line(f"fastvlm: interrupted: nothing half-made is left of {destination}")
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def print_artifact(artifact: Artifact) -> None:

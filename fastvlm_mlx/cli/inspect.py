@@ -59,13 +59,10 @@ def command(console: Console, model: str, vision_from: str | None, as_json: bool
 
 
 def _folder(model: str, console: Console) -> Path:
-    from fastvlm_mlx.checkpoint.hub import resolve
-
-    def downloading(done: int, total: int, file: str) -> None:
-        console.report(done, total, f"Downloading {file}")
+    from fastvlm_mlx.checkpoint.hub import model_folder
 
     say = lambda line: console.line(f"fastvlm: {line}")  # noqa: E731 (one expression)
-    return resolve(model, say=say, progress=downloading)
+    return model_folder(model, say=say, progress=console.report)
 
 
 def _facts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Facts:

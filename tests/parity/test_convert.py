@@ -27,9 +27,11 @@ from mlx.utils import tree_flatten
 from sources import Source
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.convert.pipeline import convert
+from fastvlm_mlx.checkpoint.store import open_checkpoint
+from fastvlm_mlx.convert.pipeline import MakeRecipe, convert
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.quantize.recipes import group_of, make_recipe
+from fastvlm_mlx.quantize.side import weigh
 
 pytestmark = pytest.mark.slow  # many small ones: together too long for `make check`
 
@@ -242,6 +244,17 @@ def test_a_projector_of_one_layer_is_converted_for_this_engine(
         for where in (tmp_path / "native", folder)
     )
     assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("recipe", [None, int4])
+def test_the_cards_bits_a_weight_are_the_reports(
+    tmp_path: Path, apple: Path, recipe: MakeRecipe | None
+) -> None:
+    """One is reckoned before writing, the other from the folder's headers: they once differed."""
+    artifact = convert(apple, tmp_path / "native", dtype="float16", recipe=recipe)
+    read = weigh(open_checkpoint(tmp_path / "native")).bits_per_weight
+    assert artifact.bits_per_weight == pytest.approx(read, rel=1e-12)
+    assert f"| bits per weight | {read:.2f} |" in (tmp_path / "native" / "README.md").read_text()
 
 
 def test_a_source_is_never_touched(tmp_path: Path, source: Source) -> None:
