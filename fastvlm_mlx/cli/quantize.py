@@ -62,8 +62,8 @@ class PolicyType(click.ParamType):
     type=click.Choice(["uniform", "balanced"]),
     default="balanced",
     show_default=True,
-    help="All modules alike, or those that matter most kept wider: embeddings, and some layers' "
-    "q/k/v and down projections, in 6 bits beside 4.",
+    help="All modules alike, or some kept wider: embeddings, and some layers' q/k/v and down "
+    "projections, in 6 bits beside 4.",
 )
 @option("Numbers", "--embeddings", type=PolicyType(), metavar="BITS|float",
         help="Embeddings and head.  [default: the recipe's]")  # fmt: skip
