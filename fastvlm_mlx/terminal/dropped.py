@@ -1,0 +1,255 @@
+"""Pictures in what a user typed, pasted or dragged onto the terminal.
+
+Knows how terminals write a dropped path (quoted, escaped, `file://`) and when a word is one; asks
+the file system only whether a file exists. Knows nothing of pictures but their names' endings.
+
+Terminals differ: Terminal.app, iTerm2, Ghostty and WezTerm put backslashes before what a shell
+would take for itself (WezTerm before spaces only); GNOME's, Konsole, foot and kitty put single
+quotes around it, with `'\\''` or `'"'"'` for an apostrophe; Alacritty writes it as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+
+PICTURE_SUFFIXES = tuple(
+    f".{name}"
+    for name in (
+        "jpg jpeg jpe jfif mpo png apng gif webp bmp dib tif tiff heic heif hif avif "
+        "ppm pgm pbm pnm ico jp2 j2k jpc jpf jpx j2c"
+    ).split()
+)
+"""Lower-case endings of the names of pictures that can be read."""
+
+# Only these part words: a name made by macOS may hold a no-break space (U+202F before "PM").
+_BLANK = " \t\r\n"
+_WORD = re.compile(r"[^ \t\r\n]+")
+_ENDS_LIKE_A_PICTURE = re.compile(
+    rf"(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})(?=[ \t\r\n]|$)", re.IGNORECASE
+)
+_PUNCTUATION = ",.;:!?)"
+_LONGEST_PATH = 4 * 4096  # PATH_MAX, each character escaped, and to spare
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What a line holds: `sources` (paths, URLs; in order), and `text`, the rest of it."""
+
+    sources: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Word:
+    start: int
+    end: int
+    source: str | None
+    is_url: bool = False
+
+
+def split_dropped(text: str) -> Dropped:
+    """Take the pictures out of a typed or pasted text; what is none stays as it was typed.
+
+    A source is a path that exists, or that looks dropped (absolute or from `~`, `.` or `..`, with a
+    picture's ending) even if no such file is there, so that a wrong path is never asked as a
+    question; a relative name needs both, a picture's ending and a file. `~` is left for who opens
+    it. Also a `file://` URI (decoded), a picture's `data:` URI, and an http(s) URL that ends like
+    a picture; any URL where the text holds nothing else. Where a source was, one separator stays.
+    """
+    words = _words(text)
+    if all(word.source is not None or word.is_url for word in words):
+        words = [
+            _Word(word.start, word.end, word.source or text[word.start : word.end])
+            for word in words
+        ]
+    sources = tuple(word.source for word in words if word.source is not None)
+    return Dropped(sources, _without(text, words) if sources else text)
+
+
+def starts_with_path(text: str) -> bool:
+    """Return whether the text's first word is a picture, and so is no command."""
+    return _word_at(text, 0).source is not None
+
+
+def _words(text: str) -> list[_Word]:
+    words = []
+    position = 0
+    while match := _WORD.search(text, position):
+        words.append(_word_at(text, match.start()))
+        position = words[-1].end
+    return words
+
+
+def _word_at(text: str, start: int) -> _Word:
+    """Return the word that starts there: a picture as long as it is, else up to the next blank."""
+    match = _WORD.match(text, start)
+    if match is None:
+        return _Word(start, start, None)
+    raw = match[0]
+    if raw[0] in "'\"":
+        quoted = _quoted_word(text, start)
+        return quoted if quoted is not None else _Word(start, match.end(), None)
+    plain, end = _unescape(text, start)
+    word = _from_uri(raw, start) or _from_url(raw, start)
+    if word is not None:
+        return word
+    if _may_be_path(plain) and _is_file(plain):
+        return _Word(start, end, plain)
+    shell = _shell_word(text, start)
+    if shell is not None and _may_be_path(shell[0]) and _is_file(shell[0]):
+        return _Word(start, shell[1], shell[0])
+    if _may_be_path(raw) and _is_file(raw):
+        return _Word(start, match.end(), raw)
+    spaced = _unescaped_path(text, start) if _is_anchored(raw) else None
+    if spaced is not None:
+        return _Word(start, start + len(spaced), spaced)
+    if _is_anchored(plain) and _ends_like_a_picture(plain):
+        return _Word(start, end, plain)
+    named = raw.rstrip(_PUNCTUATION)
+    if named != raw and _may_be_path(named) and _is_file(named):
+        return _Word(start, start + len(named), named)
+    return _Word(start, match.end(), None)
+
+
+def _quoted_word(text: str, start: int) -> _Word | None:
+    """Return the picture whose name starts with a quote; a comma after it is no part of it."""
+    shell = _shell_word(text, start)
+    if shell is None:
+        return None
+    name, end = shell
+    after = end - start - len(text[start:end].rstrip(_PUNCTUATION))
+    for cut in (0, after):
+        bare = name[: len(name) - cut]
+        uri = _from_uri(bare, start) or _from_url(bare, start)
+        if uri is not None and uri.source is not None:
+            return _Word(start, end - cut, uri.source)
+        looks_dropped = _is_anchored(bare) and _ends_like_a_picture(bare)
+        if looks_dropped or (_may_be_path(bare) and _is_file(bare)):
+            return _Word(start, end - cut, bare)
+    return None
+
+
+def _from_uri(raw: str, start: int) -> _Word | None:
+    """Read `file://` (this machine's only) and a picture's `data:` URI."""
+    if raw[:11].lower() == "data:image/":
+        return _Word(start, start + len(raw), raw)
+    for uri in (raw, raw.rstrip(_PUNCTUATION)):
+        parts = re.match(r"file:(?://(?:localhost)?)?(/[^/].*)", uri, re.IGNORECASE)
+        if parts is not None:
+            path = os.fsdecode(urllib.parse.unquote_to_bytes(parts[1]))
+            if _ends_like_a_picture(path) or _is_file(path):
+                return _Word(start, start + len(uri), path)
+    return None
+
+
+def _from_url(raw: str, start: int) -> _Word | None:
+    """Read an http(s) URL; it is a picture by itself only if its path ends like one."""
+    if not raw[:8].lower().startswith(("http://", "https://")):
+        return None
+    # "…/cat.jpg?" holds an empty query: the question mark is the question's.
+    named = raw.rstrip(_PUNCTUATION if "(" not in raw else _PUNCTUATION.replace(")", ""))
+    url = _unescape(named, 0)[0]
+    try:
+        path = urllib.parse.urlsplit(url).path
+    except ValueError:  # a bracket that is no IPv6 address's
+        return None
+    if _ends_like_a_picture(path):
+        return _Word(start, start + len(named), url)
+    return _Word(start, start + len(raw), None, is_url=True)
+
+
+def _unescape(text: str, start: int) -> tuple[str, int]:
+    """Read up to an unescaped blank; a backslash takes the next character as it is, quotes too."""
+    pieces: list[str] = []
+    position = start
+    while position < len(text) and text[position] not in _BLANK:
+        if text[position] == "\\" and text[position + 1 : position + 2] not in ("", "\n", "\r"):
+            position += 1
+        pieces.append(text[position])
+        position += 1
+    return "".join(pieces), position
+
+
+def _shell_word(text: str, start: int) -> tuple[str, int] | None:
+    """Read one word as a POSIX shell does, quotes and all; None if a quote is left open."""
+    pieces: list[str] = []
+    position = start
+    quote = ""
+    while position < len(text) and position - start < _LONGEST_PATH:
+        char, after = text[position], text[position + 1 : position + 2]
+        if char in "\r\n" or (not quote and char in _BLANK):
+            break
+        position += 1
+        if quote:
+            if char == quote:
+                quote = ""
+            elif char == "\\" and quote == '"' and after and after in '$`"\\':
+                pieces.append(after)
+                position += 1
+            else:
+                pieces.append(char)
+        elif char in "'\"":
+            quote = char
+        elif char == "\\" and after not in ("", "\n", "\r"):
+            pieces.append(after)
+            position += 1
+        else:
+            pieces.append(char)
+    return None if quote else ("".join(pieces), position)
+
+
+def _unescaped_path(text: str, start: int) -> str | None:
+    """Return the file whose name with bare spaces starts there, as Alacritty writes it."""
+    line = text[start : start + _LONGEST_PATH].partition("\n")[0]
+    for end in _ENDS_LIKE_A_PICTURE.finditer(line):
+        if _is_file(line[: end.end()]):
+            return line[: end.end()]
+    return None
+
+
+def _is_anchored(word: str) -> bool:
+    return word.startswith(("/", "./", "../")) or re.match(r"~[^/]*/", word) is not None
+
+
+def _may_be_path(word: str) -> bool:
+    """Return whether a word that names a file means it: "README" in a question need not."""
+    return len(word) <= _LONGEST_PATH and (_is_anchored(word) or _ends_like_a_picture(word))
+
+
+def _ends_like_a_picture(word: str) -> bool:
+    return word.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _is_file(word: str) -> bool:
+    path = Path(word)
+    try:
+        return path.expanduser().is_file()
+    except RuntimeError:  # ~name of no known user: then it is a file's name
+        return path.is_file()
+    except OSError:  # a name too long for the file system
+        return False
+
+
+def _without(text: str, words: list[_Word]) -> str:
+    """Return the text without its sources; of the blanks around one, a line's end is kept."""
+    kept = ""
+    gap = ""
+    removed = False
+    position = 0
+    for word in words:
+        before = text[position : word.start]
+        if removed:
+            gap = before if before.count("\n") > gap.count("\n") or not before else gap
+        else:
+            gap = before
+        position = word.end
+        if word.source is not None:
+            removed = True
+            continue
+        kept += (gap if kept or not removed else "") + text[word.start : word.end]
+        removed = False
+    return kept if removed else kept + text[position:]
