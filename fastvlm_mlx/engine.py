@@ -21,7 +21,9 @@ from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
 from fastvlm_mlx.config import ImageMode, ModelConfig
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.events import Generation, GenerationEvent
+from fastvlm_mlx.generate.cache import DEFAULT_FEATURE_BYTES, FeatureCache
 from fastvlm_mlx.generate.clock import Clock
+from fastvlm_mlx.generate.context import Overflow
 from fastvlm_mlx.generate.loop import logprobs_along, score_ids
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
@@ -49,6 +51,16 @@ class Engine:
     source: Path
     layout: str
 
+    @property
+    def name(self) -> str:
+        """The model as it was asked for: a folder, a hub name or "demo"."""
+        return self.pipeline.name
+
+    @property
+    def image_features(self) -> FeatureCache:
+        """The features of the pictures seen lately, within the bytes `load` was told."""
+        return self.pipeline.features
+
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("mlx.core.")
         return f"Engine({str(self.source)!r}, layout={self.layout!r}, dtype={dtype!r})"
@@ -70,15 +82,17 @@ class Engine:
         resolution: int | None = None,
         image_mode: ImageMode | None = None,
         background: tuple[int, int, int] = (255, 255, 255),
+        name: str | None = None,
     ) -> EncodedImage:
         """Return a picture's features [tokens, hidden], evaluated, for use in any prompt.
 
         `source` is a path, http(s) or data: URL, "-" (stdin), encoded bytes, PIL image or array.
         `resolution` is the side in pixels the tower sees, a multiple of 64. `background` is what
-        transparent pixels are laid on. Raises ImageError, FetchError or ConfigError.
+        transparent pixels are laid on; `name` is what people are told the picture is. Pixels seen
+        lately are not encoded again. Raises ImageError, FetchError or ConfigError.
         """
         options = ImageOptions(resolution=resolution, image_mode=image_mode, background=background)
-        encoded = self.pipeline.encode(source, options, Clock(profile=False))
+        encoded = self.pipeline.encode(source, options, Clock(profile=False), name)
         mx.eval(encoded.features)
         return encoded
 
@@ -159,9 +173,29 @@ class Engine:
         cache = self.pipeline.model.decoder.make_cache()
         yield from self.pipeline.answer(embeddings, cache, rendered, options, clock)
 
-    def chat(self, *, sampling: Sampling = GREEDY, system: str = DEFAULT_SYSTEM) -> ChatSession:
-        """Return a new conversation; each of its turns prefills only what is new."""
-        return ChatSession(self.pipeline, sampling=sampling, system=system)
+    def chat(
+        self,
+        *,
+        sampling: Sampling = GREEDY,
+        system: str = DEFAULT_SYSTEM,
+        overflow: Overflow = "refuse",
+        kv_bits: int | None = None,
+    ) -> ChatSession:
+        """Return a new conversation; each of its turns prefills only what is new.
+
+        `overflow` is what happens when it outgrows the context: "refuse", or "drop" the oldest
+        turns. `kv_bits` 8 or 4 packs its KV cache. Raises ConfigError for other bits.
+        """
+        return ChatSession(
+            self.pipeline, sampling=sampling, system=system, overflow=overflow, kv_bits=kv_bits
+        )
+
+    def warm_up(self) -> float:
+        """Run every kind of step once, so that the first answer is not slower than the next.
+
+        Returns milliseconds.
+        """
+        return self.pipeline.warm_up()
 
     def score(
         self,
@@ -232,6 +266,7 @@ def load(
     memory_limit: int | None = None,
     vision_from: str | Path | None = None,
     keep_quantized: bool = False,
+    feature_cache_bytes: int = DEFAULT_FEATURE_BYTES,
     say: Say | None = None,
     progress: Progress | None = None,
 ) -> Engine:
@@ -240,10 +275,11 @@ def load(
     `dtype` is float32, bfloat16 or float16; by default bfloat16 on a GPU and float32 on a CPU,
     whose half-precision matrix products are slow. `device` is "cpu" or "gpu", by default MLX's
     choice. On a CPU quantized weights are dequantized while they fit in memory, since its
-    quantized products are slower still; `keep_quantized` keeps them packed. `memory_limit`
-    refuses a model whose weights need more bytes. `vision_from` names the model that holds the
-    tower, for exports without one. `say` gets lines for the user; `progress` gets (bytes so far,
-    bytes in all, what: "Downloading FILE" or "Loading weights"), perhaps from another thread.
+    quantized products are slower still; `keep_quantized` keeps them packed. Pictures' features
+    are remembered up to `feature_cache_bytes`, 0 for not at all. `memory_limit` refuses a model
+    whose weights need more bytes. `vision_from` names the model that holds the tower, for exports
+    without one. `say` gets lines for the user; `progress` gets (bytes so far, bytes in all, what:
+    "Downloading FILE" or "Loading weights"), perhaps from another thread.
 
     Raises a FastVLMError, one line, for anything wrong with names, files or memory.
     """
@@ -270,7 +306,9 @@ def load(
         checkpoint, kind, dequantize=dequantize, progress=_named("Loading weights", progress)
     )
     stop_ids = processor.tokenizer.stop_ids | set(network.config.eos_ids)
-    return Engine(Pipeline(network, processor, stop_ids), checkpoint.folder, checkpoint.layout.name)
+    features = FeatureCache(feature_cache_bytes)
+    pipeline = Pipeline(network, processor, stop_ids, str(model), features)
+    return Engine(pipeline, checkpoint.folder, checkpoint.layout.name)
 
 
 def _named(what: str, progress: Progress | None) -> Callable[[int, int], None] | None:

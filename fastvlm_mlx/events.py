@@ -17,8 +17,10 @@ class Stats:
 
     The four stage times are None unless the call was profiled (each stage is then fenced, which
     slows the whole down). `ttft_ms` is from the call to the first token id on the host, unfenced;
-    it is None in a profiled run, and in a process's first call it includes warm-up. `decode_tps`
-    is tokens per second after the first. A beam search knows its first token only at its end:
+    it is None in a profiled run or if no token came, and in a process's first call it includes
+    warm-up. `decode_tps` is tokens per second after the first. `prompt_tokens` counts the whole
+    prompt, of which the first `reused_tokens` were in the KV cache already; `encoded_images` counts
+    the pictures that went through the tower, those reused by digest left out. A beam search knows its first token only at its end:
     `ttft_ms` and `prefill_ms` are then the whole search's, `decode_tps` is None.
     """
 
@@ -31,6 +33,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int
     generated_tokens: int
+    encoded_images: int
     peak_bytes: int
 
 
@@ -44,6 +47,18 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnsDropped:
+    """Before the answer: the conversation outgrew the context, and its oldest turns go.
+
+    `turns` counts questions with their answers, `images` the pictures in them. They are gone once
+    this answer is part of the conversation, and still there if it is cancelled or fails.
+    """
+
+    turns: int
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The last event of a generation."""
 
@@ -52,15 +67,18 @@ class Finished:
 
 
 GenerationEvent = TextDelta | Finished
+ChatEvent = TextDelta | TurnsDropped | Finished
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A whole answer. `text` excludes stop tokens and stop strings; `token_ids` is every id
-    generated, the stop id included; `logprobs` is empty unless asked for."""
+    generated, the stop id included; `logprobs` is empty unless asked for; `dropped_turns` is how
+    many of a conversation's oldest turns had to go."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: Stats
     logprobs: tuple[float, ...] = ()
+    dropped_turns: int = 0

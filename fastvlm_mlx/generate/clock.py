@@ -15,11 +15,12 @@ from fastvlm_mlx.events import Stats
 
 @dataclass(slots=True)
 class Clock:
-    """When a call began, and what its profiled stages took in milliseconds."""
+    """When a call began, what its profiled stages took in milliseconds, and its tower's runs."""
 
     profile: bool
     start: float = field(default_factory=time.perf_counter)
     stage_ms: dict[str, float] = field(default_factory=dict)
+    encoded_images: int = 0
 
     def add(self, stage: str, since: float) -> None:
         """Add the time from `since` until now to a stage."""
@@ -56,10 +57,14 @@ class Meter:
             vision_ms=clock.stage("vision"),
             projector_ms=clock.stage("projector"),
             prefill_ms=clock.stage("prefill"),
-            ttft_ms=None if clock.profile else (self.first - clock.start) * 1000,
+            ttft_ms=None if clock.profile or not self.count else self._ttft_ms(),
             decode_tps=(self.count - 1) / seconds if timed else None,
             prompt_tokens=self.positions,
             reused_tokens=self.reused,
             generated_tokens=self.count,
+            encoded_images=clock.encoded_images,
             peak_bytes=mx.get_peak_memory(),
         )
+
+    def _ttft_ms(self) -> float:
+        return (self.first - self.clock.start) * 1000

@@ -12,6 +12,7 @@ the tokens yielded so far:
   holds start + n + k positions (the step in flight had taken the k-th token in) and is evaluated;
 - ended by max_tokens: start + n + k - 1, as no step follows the last token;
 - never advanced: start, untouched;
+- cancelled during prefill, so ended with k = 0: start + the chunks that were done, evaluated;
 - an exception inside (Ctrl-C): all layers have one length; the first start + n + k - 1 positions
   are right (the first `start` if k is 0), a later one may not be.
 So start + n + k - 1 positions may always be kept once a token was seen: `rewind(cache, that)`.
@@ -19,7 +20,7 @@ So start + n + k - 1 positions may always be kept once a token was seen: `rewind
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -27,8 +28,7 @@ import mlx.core as mx
 
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.generate.samplers import Chooser, normalise
-from fastvlm_mlx.model.decoder import Decoder
-from fastvlm_mlx.model.mlx_lm_parts import KVCache
+from fastvlm_mlx.model.decoder import Decoder, KVLayer
 from fastvlm_mlx.sampling import Sampling
 
 # A growing cache leaves buffers of every size it has had in MLX's pool; mlx-lm empties it as often.
@@ -45,10 +45,14 @@ class Step:
     logprob: float | None = None
 
 
+class Cancelled(Exception):
+    """Prefill was told to stop between two passes."""
+
+
 def generate_ids(
     decoder: Decoder,
     embeddings: mx.array,
-    cache: list[KVCache],
+    cache: list[KVLayer],
     *,
     prompt_ids: Sequence[int] = (),
     sampling: Sampling,
@@ -56,10 +60,12 @@ def generate_ids(
     stop_ids: Collection[int],
     prefill_step: int = 2048,
     logprobs: bool = False,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Generator[Step, None, None]:
     """Continue `cache` with embeddings [1,n,H]; yield tokens up to and including a stop id.
 
-    `prompt_ids` feed the repetition penalty only. Nothing runs before the first `next`. Advance
+    `prompt_ids` feed the repetition penalty only. `cancelled` is asked before each pass of the
+    prompt; if it says so, no token comes. Nothing runs before the first `next`. Advance
     and close the generator in one thread; the module's docstring says what `cache` then holds.
     Raises FastVLMError if `max_tokens` is below 1, PromptError if there is nothing to prefill.
     """
@@ -75,7 +81,10 @@ def generate_ids(
             logprobs=logprobs,
         )
         try:
-            hidden = prefill(decoder, embeddings, cache, step=prefill_step)
+            try:
+                hidden = prefill(decoder, embeddings, cache, step=prefill_step, cancelled=cancelled)
+            except Cancelled:
+                return
             token, logprob = _choose(decoder, chooser, hidden)
             for count in range(1, max_tokens + 1):
                 this, this_logprob = token, logprob
@@ -97,20 +106,30 @@ def generate_ids(
 
 
 def prefill(
-    decoder: Decoder, embeddings: mx.array, cache: list[KVCache], *, step: int = 2048
+    decoder: Decoder,
+    embeddings: mx.array,
+    cache: list[KVLayer],
+    *,
+    step: int = 2048,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> mx.array:
     """Run embeddings [B,n,H] through the layers into `cache`; return the last state [B,1,H], lazy.
 
     One pass if n <= step; else chunks, each evaluated before the next is built, so that the
-    activations of one chunk only are alive. Raises PromptError if n is 0.
+    activations of one chunk only are alive. Raises PromptError if n is 0, Cancelled if `cancelled`
+    says so before a pass: the passes before it are in the cache.
     """
     _check(embeddings, step)
     length = embeddings.shape[1]
     last = (length - 1) // step * step
     for start in range(0, last, step):
+        if cancelled():
+            raise Cancelled
         decoder.hidden(embeddings[:, start : start + step], cache)
         _evaluate(cache)
         mx.clear_cache()
+    if cancelled():
+        raise Cancelled
     return decoder.hidden(embeddings[:, last:], cache)[:, -1:]
 
 
@@ -162,7 +181,7 @@ def score_ids(
     return scores
 
 
-def rewind(cache: list[KVCache], positions: int) -> None:
+def rewind(cache: Sequence[KVLayer], positions: int) -> None:
     """Keep the first `positions` positions of every layer; later ones are forgotten, not freed.
 
     Raises ValueError if a layer holds fewer.
@@ -190,11 +209,11 @@ def _check(embeddings: mx.array, step: int) -> None:
         raise FastVLMError(f"the prefill step must be >= 1, not {step}")
 
 
-def _evaluate(cache: list[KVCache]) -> None:
+def _evaluate(cache: Sequence[KVLayer]) -> None:
     mx.eval([layer.state for layer in cache])
 
 
-def _settle(cache: list[KVCache]) -> None:
+def _settle(cache: Sequence[KVLayer]) -> None:
     """Leave no half-built step: all layers equally long (Ctrl-C may part them) and evaluated."""
     rewind(cache, min(layer.offset for layer in cache))
     _evaluate(cache)

@@ -1,7 +1,8 @@
 """Picture and messages to events: the way from a call to its answer, and the clock along it.
 
-Joins model, processor and loop; everything it holds is fixed. Knows no checkpoint files, no
-terminal, and no history: which positions a cache already holds is told by the caller.
+Joins model, processor and loop; everything it holds is fixed but for the features it remembers.
+Knows no checkpoint files, no terminal, and no history: which positions a cache already holds is
+told by the caller.
 
 Unprofiled, nothing waits before the first token: the tower is dispatched before the prompt is
 tokenized. Profiled, each stage is fenced by an evaluation, so that its time is its own.
@@ -11,38 +12,55 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.events import Finished, FinishReason, GenerationEvent, TextDelta
+from fastvlm_mlx.events import Finished, FinishReason, TextDelta
 from fastvlm_mlx.generate.beam import beam_search
+from fastvlm_mlx.generate.cache import FeatureCache
 from fastvlm_mlx.generate.clock import Clock, Meter
 from fastvlm_mlx.generate.loop import Step, generate_ids
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture
+from fastvlm_mlx.model.decoder import KVLayer
 from fastvlm_mlx.model.fastvlm import EncodedImage, FastVLM, pixel_digest
-from fastvlm_mlx.model.mlx_lm_parts import KVCache
+from fastvlm_mlx.model.fingerprint import fingerprint
+from fastvlm_mlx.prompt.image import picture_name
 from fastvlm_mlx.prompt.processor import Processor, Prompt, TextIds
+from fastvlm_mlx.prompt.template import user_message
 from fastvlm_mlx.prompt.tokenizer import TextStream
+from fastvlm_mlx.sampling import GREEDY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A loaded model with its processor and stop ids."""
+    """A loaded model with its processor and stop ids. `name` is what its user called it."""
 
     model: FastVLM
     processor: Processor
     stop_ids: frozenset[int]
+    name: str = ""
+    features: FeatureCache = field(default_factory=FeatureCache)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which network this is, by all of its weights: read once, when first asked for."""
+        return fingerprint(self.model)
 
     def start_clock(self, *, profile: bool) -> Clock:
         """Begin a call: its time and its peak memory count from now."""
         mx.reset_peak_memory()
         return Clock(profile)
 
-    def encode(self, picture: Picture, options: ImageOptions, clock: Clock) -> EncodedImage:
+    def encode(
+        self, picture: Picture, options: ImageOptions, clock: Clock, name: str | None = None
+    ) -> EncodedImage:
         """Return the picture's features, dispatched but not waited for (unless profiled).
+
+        A picture whose pixels were seen lately does not go through the tower again.
 
         Raises ImageError or FetchError for a picture that cannot be read, ConfigError for a
         resolution off the grid, PromptError for features of another model.
@@ -58,11 +76,29 @@ class Pipeline:
         )
         digest = pixel_digest(pixels)
         clock.add("preprocess", since)
-        return EncodedImage(self._features(pixels, clock), digest)
+        features = self.features.get(digest)
+        if features is None:
+            features = self._features(pixels, clock)
+            self.features.put(digest, features)
+        return EncodedImage(features, digest, pixels, name or picture_name(picture))
+
+    def reopen(self, pixels: np.ndarray, name: str) -> EncodedImage:
+        """Return a picture from its stored pixels [H,W,3]; the tower runs if it is looked at.
+
+        Raises ConfigError for a size off the grid.
+        """
+        self.model.config.vision.tokens(*pixels.shape[:2])
+        digest = pixel_digest(pixels)
+        features = self.features.get(digest)
+        if features is None:
+            features = self.model.encode_image(mx.array(pixels)[None])[0]
+            self.features.put(digest, features)
+        return EncodedImage(features, digest, pixels, name)
 
     def _features(self, pixels: np.ndarray, clock: Clock) -> mx.array:
         """Return projected features [tokens, hidden] of one picture."""
         since = time.perf_counter()
+        clock.encoded_images += 1
         features = self.model.vision(mx.array(pixels)[None])
         if clock.profile:
             mx.eval(features)
@@ -115,16 +151,17 @@ class Pipeline:
     def answer(
         self,
         embeddings: mx.array,
-        cache: list[KVCache],
+        cache: list[KVLayer],
         prompt: Prompt,
         options: AnswerOptions,
         clock: Clock,
         reused: int = 0,
         on_token: Callable[[int], None] = lambda _: None,
-    ) -> Generator[GenerationEvent, None, None]:
+    ) -> Generator[TextDelta | Finished, None, None]:
         """Prefill `embeddings` [1,n,H] behind `reused` cached positions, then yield the answer.
 
-        `on_token` hears every id generated, the stop id too. The last event is Finished.
+        `on_token` hears every id generated, the stop id too. The last event is Finished; if the
+        answer is cancelled before its first token, the only one.
         """
         positions = reused + embeddings.shape[1]
         room = self.require_room(positions)
@@ -143,6 +180,7 @@ class Pipeline:
                 max_tokens=min(options.max_tokens, room),
                 stop_ids=self.stop_ids,
                 logprobs=options.logprobs,
+                cancelled=options.cancelled,
             )
         reason: FinishReason = "length"
         try:
@@ -158,10 +196,38 @@ class Pipeline:
                     break
         finally:
             steps.close()
+        if meter.count == 0:
+            reason = "cancelled"
         rest = text.finish()
         if rest:
             yield _delta(rest, [])
         yield Finished(reason, meter.stats())
+
+    def unanswered(self, clock: Clock) -> Finished:
+        """Return the end of a call that was cancelled before its prompt was read."""
+        return Finished("cancelled", Meter(clock, 0, 0, streams=False).stats())
+
+    def warm_up(self) -> float:
+        """Run every kind of step once with a picture of the model's size; return milliseconds.
+
+        Kernels are compiled and weights first read here instead of in the first answer.
+        """
+        since = time.perf_counter()
+        size = self.model.config.vision.image_size
+        features = self._features(np.zeros((size, size, 3), np.uint8), Clock(profile=False))
+        prompt = self.processor.prompt([user_message("Hello", 1)])
+        embeddings = self.embed(prompt, [EncodedImage(features, "")])
+        steps = generate_ids(
+            self.model.decoder,
+            embeddings,
+            self.model.decoder.make_cache(),
+            sampling=GREEDY,
+            max_tokens=2,
+            stop_ids=(),
+        )
+        for _ in steps:
+            pass
+        return (time.perf_counter() - since) * 1000
 
     def _beams(
         self, embeddings: mx.array, options: AnswerOptions, room: int

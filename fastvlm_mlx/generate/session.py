@@ -5,38 +5,58 @@ holds; only what comes after the longest common prefix is prefilled. Positions a
 what they are: a token id, or one row of a picture with a given digest. So a picture counts as its
 256 positions, another picture in its place is no match, and warm answers equal cold ones.
 
-Knows no terminal and no files. The transcript changes only at the end of a whole turn.
+Going back, asking again, editing, dropping a picture and forking change the transcript only; what
+the cache can still give is found by the same comparison. The transcript changes only when an
+answer is whole, or is kept as far as it came.
+
+Bytes held: the transcript; the cache's buffers, for at most the context's positions rounded up to
+256; and of each picture still in the transcript its pixels, 12,288 bytes a position, and features.
+
+Knows no terminal, and of files only that a session can be written to one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from typing import TypedDict, Unpack, get_args
 
-from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.events import Finished, Generation, GenerationEvent
-from fastvlm_mlx.generate.loop import rewind
+import mlx.core as mx
+
+from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.events import ChatEvent, Finished, Generation, TextDelta, TurnsDropped
+from fastvlm_mlx.generate.cache import KVPrefix
+from fastvlm_mlx.generate.clock import Clock
+from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, after, fit, lay_out
+from fastvlm_mlx.generate.loop import Cancelled, prefill
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.model.fastvlm import EncodedImage
-from fastvlm_mlx.prompt.processor import ImageSlot, Prompt, Segment, TextIds
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 from fastvlm_mlx.sampling import GREEDY, Sampling
 
-# What one embedding position is: a token id, or (digest, row) of a picture.
-Position = int | tuple[str, int]
+Events = Generator[ChatEvent, None, None]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message and the pictures in its slots."""
+class TurnOptions(TypedDict, total=False):
+    """The options of `ChatSession.stream`, which has their meaning and defaults."""
 
-    message: Message
-    images: tuple[EncodedImage, ...] = ()
+    max_tokens: int
+    sampling: Sampling | None
+    stop: Sequence[str]
+    profile: bool
+    cancelled: Callable[[], bool]
+    keep_partial: bool
 
 
 class ChatSession:
-    """One conversation. Use it from one thread, one answer at a time."""
+    """One conversation. Use it from one thread, one answer at a time.
+
+    `sampling` and `overflow` may be set between answers. `overflow` says what happens when the
+    conversation outgrows the model's context: "refuse" raises PromptError, "drop" forgets the
+    oldest questions with their answers and pictures, and says so with TurnsDropped. `kv_bits` 8 or
+    4 packs the KV cache (mlx-lm's affine form): less memory, answers that may differ.
+    """
 
     def __init__(
         self,
@@ -44,12 +64,14 @@ class ChatSession:
         *,
         sampling: Sampling = GREEDY,
         system: str = DEFAULT_SYSTEM,
+        overflow: Overflow = "refuse",
+        kv_bits: int | None = None,
     ) -> None:
         self.sampling = sampling
+        self.overflow: Overflow = overflow
         self._pipeline = pipeline
         self._turns: tuple[Turn, ...] = (Turn(Message("system", (system,))),)
-        self._cache = pipeline.model.decoder.make_cache()
-        self._held: list[Position] = []
+        self._kv = KVPrefix(pipeline.model.decoder, kv_bits)
         self._answering = False
 
     @property
@@ -57,15 +79,90 @@ class ChatSession:
         """The transcript: the system message, then whole turns of question and answer."""
         return tuple(turn.message for turn in self._turns)
 
+    @property
+    def images(self) -> tuple[EncodedImage, ...]:
+        """All pictures in the transcript, in order."""
+        return tuple(image for turn in self._turns for image in turn.images)
+
+    @property
+    def turn_count(self) -> int:
+        """How many questions have been answered."""
+        return len(self._turns) // 2
+
+    @property
+    def last_question(self) -> str | None:
+        """The text of the latest question answered; None if there is none."""
+        return self._turns[-2].text if self.turn_count else None
+
+    @property
+    def system(self) -> str:
+        """The system message's text; empty if it is left out."""
+        return self._turns[0].text
+
+    @property
+    def positions(self) -> int:
+        """Embedding positions the transcript takes up in the context."""
+        whole = lay_out(self._pipeline.processor, self._turns, generation_prompt=False)
+        return len(whole.positions)
+
+    @property
+    def max_positions(self) -> int:
+        """Embedding positions of the model's context, the answer's included."""
+        return self._pipeline.model.config.decoder.max_positions
+
+    @property
+    def kv_bits(self) -> int | None:
+        """Bits the KV cache is packed into; None if it holds floats."""
+        return self._kv.kv_bits
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the KV cache's buffers."""
+        return self._kv.nbytes
+
+    def set_system(self, text: str) -> None:
+        """Replace the system message; every turn is read again after it."""
+        self._require_idle()
+        self._turns = (Turn(Message("system", (text,))), *self._turns[1:])
+
     def rewind(self, turns: int = 1) -> None:
         """Forget the last questions and their answers; what stays is not computed again.
 
         Raises PromptError if there are fewer.
         """
-        past = len(self._turns) // 2
-        if not 0 <= turns <= past:
-            raise PromptError(f"cannot go back {turns} turns: the conversation has {past}")
+        self._require_idle()
+        if not 0 <= turns <= self.turn_count:
+            raise PromptError(
+                f"cannot go back {turns} turns: the conversation has {self.turn_count}"
+            )
         self._turns = self._turns[: len(self._turns) - 2 * turns]
+
+    def drop_image(self, index: int) -> None:
+        """Take picture `index` of `images` out of the question it was given with.
+
+        What comes before it stays computed. Raises PromptError if there is no such picture.
+        """
+        self._require_idle()
+        if not 0 <= index < len(self.images):
+            raise PromptError(
+                f"there is no picture {index}: the conversation has {len(self.images)}"
+            )
+        for place, turn in enumerate(self._turns):
+            if index < len(turn.images):
+                changed = turn.without_image(index)
+                self._turns = (*self._turns[:place], changed, *self._turns[place + 1 :])
+                return
+            index -= len(turn.images)
+
+    def fork(self) -> ChatSession:
+        """Return a second conversation with this one's past; from now on each goes its own way.
+
+        They share the KV cache until either writes to it.
+        """
+        self._require_idle()
+        twin = ChatSession(self._pipeline, sampling=self.sampling, overflow=self.overflow)
+        twin._turns, twin._kv = self._turns, self._kv.copy()
+        return twin
 
     def ask(
         self,
@@ -91,123 +188,230 @@ class ChatSession:
         stop: Sequence[str] = (),
         profile: bool = False,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Generator[GenerationEvent, None, None]:
+        keep_partial: bool = False,
+    ) -> Events:
         """Yield the answer to `text` and `images` after the turns so far.
 
-        `sampling` overrides the session's for this turn. If the answer is cancelled, the generator
-        closed early or an error raised, the transcript stays at the last whole turn. Raises
-        PromptError if the conversation no longer fits the model's context, or while another answer
-        of this session is being read; ImageError or FetchError for a picture.
+        `sampling` overrides the session's for this turn. `cancelled` is asked before each picture,
+        each pass of the prompt and after each token. If the answer is cancelled or the generator
+        closed early, the transcript stays at the last whole turn, or with `keep_partial` gains the
+        question and what was answered so far, if anything. On an error it stays as it was.
+
+        Raises PromptError if the conversation does not fit the model's context (see `overflow`),
+        or while another answer of this session is being read; ImageError or FetchError for a
+        picture; FastVLMError for options that make no sense.
         """
+        return self._answer(
+            self._turns,
+            text,
+            images,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
+            profile=profile,
+            cancelled=cancelled,
+            keep_partial=keep_partial,
+        )
+
+    def retry(self, **options: Unpack[TurnOptions]) -> Events:
+        """Answer the last question again; `stream` has the options.
+
+        The earlier answer stays if this one fails, or is cancelled with nothing kept. Raises
+        PromptError if nothing was asked yet.
+        """
+        last = self._last_question()
+        return self._answer(self._turns[:-2], last.message, last.images, **options)
+
+    def edit(
+        self,
+        text: str,
+        images: Sequence[Picture] | None = None,
+        **options: Unpack[TurnOptions],
+    ) -> Events:
+        """Ask `text` in place of the last question, with its pictures or, if given, with others.
+
+        As with `retry`, the earlier question and answer stay unless there is a new answer.
+        """
+        pictures = self._last_question().images if images is None else images
+        return self._answer(self._turns[:-2], text, pictures, **options)
+
+    def prepare(
+        self, images: Sequence[Picture], cancelled: Callable[[], bool] = lambda: False
+    ) -> int:
+        """Prefill what is known of the next question: the turns so far and its pictures.
+
+        For the time a user takes to type. Returns how many positions were computed: none if there
+        is no picture or no room. The transcript does not change; a question with other pictures
+        is answered as if this had not been. Raises as `stream` does for a picture.
+        """
+        self._require_idle()
+        pipeline = self._pipeline
+        clock = pipeline.start_clock(profile=False)
+        encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in listed(images))
+        turn = Turn(user_message("", len(encoded)), encoded)
+        whole = lay_out(pipeline.processor, (*self._turns, turn))
+        rows = [at for at, position in enumerate(whole.positions) if isinstance(position, tuple)]
+        if not encoded or len(whole.positions) >= self.max_positions:
+            return 0
+        # What follows the last picture is tokenized together with the question.
+        certain = whole.positions[: rows[-1] + 1]
+        reused = self._kv.keep_common([*certain, -1])
+        if reused == len(certain):
+            return 0
+        embeddings = pipeline.embed(*after(whole, reused))[:, : len(certain) - reused]
+        kept = reused
+        try:
+            with suppress(Cancelled):
+                prefill(pipeline.model.decoder, embeddings, self._kv.layers, cancelled=cancelled)
+            mx.eval([layer.state for layer in self._kv.layers])
+            kept = self._kv.layers[0].offset
+        finally:
+            self._kv.hold(certain[:kept])
+        return kept - reused
+
+    def _require_idle(self) -> None:
         if self._answering:
             raise PromptError("this conversation's last answer is still being read: close it first")
+
+    def _last_question(self) -> Turn:
+        if not self.turn_count:
+            raise PromptError("nothing was asked yet")
+        return self._turns[-2]
+
+    def _answer(
+        self,
+        past: tuple[Turn, ...],
+        question: str | Message,
+        images: Sequence[Picture],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        profile: bool = False,
+        cancelled: Callable[[], bool] = lambda: False,
+        keep_partial: bool = False,
+    ) -> Events:
+        """Yield the answer to `question` after `past`; then these three are the transcript."""
+        self._require_idle()
         options = AnswerOptions(
             sampling=sampling or self.sampling,
             max_tokens=max_tokens,
             stop=stop,
             cancelled=cancelled,
         )
-        pictures = listed(images)
-        pipeline, finished = self._pipeline, None
+        text = ""
+        fitted: Fitted | None = None
         self._answering = True
-        generated: list[int] = []
-        answer = ""
         try:
-            clock = pipeline.start_clock(profile=profile)
-            encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in pictures)
-            turn = Turn(user_message(text, len(encoded)), encoded)
-            all_images = [image for t in (*self._turns, turn) for image in t.images]
-            prompt = pipeline.processor.prompt([*self.messages, turn.message])
-            positions = _positions(prompt, all_images)
-            pipeline.require_room(len(positions))
-            reused = self._rewind_to_common(positions)
-            embeddings = pipeline.embed(*_after(prompt, all_images, reused))
-            for event in pipeline.answer(
-                embeddings, self._cache, prompt, options, clock, reused, generated.append
-            ):
-                if isinstance(event, Finished):
-                    finished = event
-                else:
-                    answer += event.text
-                    yield event
+            clock = self._pipeline.start_clock(profile=profile)
+            fitted = self._fitted(past, question, listed(images), options, clock)
+            if fitted is None:
+                finished = self._pipeline.unanswered(clock)
+            else:
+                dropped = _dropped(past, fitted)
+                if dropped is not None:
+                    yield dropped
+                with closing(self._generate(fitted, options, clock)) as events:
+                    for event in events:
+                        if isinstance(event, Finished):
+                            finished = event
+                        else:
+                            text += event.text
+                            yield event
+        except GeneratorExit:
+            if fitted is not None and keep_partial and text:
+                self._commit(fitted, text)
+            raise
         finally:
-            # One token fewer than were seen is certainly in the cache (see `loop.py`).
-            if generated:
-                self._held = [*positions, *generated[:-1]]
-            rewind(self._cache, len(self._held))
             self._answering = False
-        assert finished is not None
-        if finished.finish_reason != "cancelled":
-            self._turns = (*self._turns, turn, Turn(Message("assistant", (answer,))))
+        if fitted is not None and (
+            finished.finish_reason != "cancelled" or (keep_partial and text)
+        ):
+            self._commit(fitted, text)
         yield finished
 
-    def _rewind_to_common(self, positions: Sequence[Position]) -> int:
-        """Cut the cache to the prefix it shares with `positions`, less one; return its length."""
-        shared = 0
-        # At least one position must be prefilled, for its logits.
-        for held, wanted in zip(self._held, positions[:-1], strict=False):
-            if held != wanted:
-                break
-            shared += 1
-        # A picture is spliced whole: never resume inside one.
-        while _inside_picture(positions[shared]):
-            shared -= 1
-        self._held = self._held[:shared]
-        rewind(self._cache, shared)
-        return shared
+    def _commit(self, fitted: Fitted, answer: str) -> None:
+        self._turns = (*fitted.turns, Turn(Message("assistant", (answer,))))
+
+    def _fitted(
+        self,
+        past: tuple[Turn, ...],
+        question: str | Message,
+        pictures: Sequence[Picture],
+        options: AnswerOptions,
+        clock: Clock,
+    ) -> Fitted | None:
+        """Encode the pictures and lay out the turns that fit; None if cancelled before."""
+        if self.overflow not in get_args(Overflow):
+            raise ConfigError(f"overflow is refuse or drop, not {self.overflow!r}")
+        encoded: list[EncodedImage] = []
+        for picture in pictures:
+            if options.cancelled():
+                return None
+            encoded.append(self._pipeline.encode(picture, ImageOptions(), clock))
+        if isinstance(question, str):
+            question = user_message(question, len(encoded))
+        return fit(
+            self._pipeline.processor,
+            (*past, Turn(question, tuple(encoded))),
+            limit=self.max_positions,
+            max_tokens=options.max_tokens,
+            overflow=self.overflow,
+        )
+
+    def _generate(
+        self, fitted: Fitted, options: AnswerOptions, clock: Clock
+    ) -> Generator[TextDelta | Finished, None, None]:
+        """Prefill what the cache does not hold, and yield the answer; then say what it holds."""
+        reused = self._kv.keep_common(fitted.positions)
+        embeddings = self._pipeline.embed(*after(fitted, reused))
+        generated: list[int] = []
+        ended = False
+        events = self._pipeline.answer(
+            embeddings, self._kv.layers, fitted.prompt, options, clock, reused, generated.append
+        )
+        try:
+            for event in events:
+                ended = isinstance(event, Finished)
+                yield event
+        finally:
+            try:
+                events.close()
+                if generated:  # all of them but the latest are certainly cached (see `loop`)
+                    kept = [*fitted.positions, *generated[:-1]]
+                elif ended:  # cancelled between two passes
+                    kept = fitted.positions[: self._kv.layers[0].offset]
+                else:
+                    kept = fitted.positions[:reused]
+                self._kv.hold(kept)
+            except BaseException:
+                self._kv = KVPrefix(self._pipeline.model.decoder, self._kv.kv_bits)
+                raise
 
 
-def _inside_picture(position: Position) -> bool:
-    return isinstance(position, tuple) and position[1] > 0
+def _dropped(past: Sequence[Turn], fitted: Fitted) -> TurnsDropped | None:
+    """Return what `fitted` leaves out of `past`, if anything."""
+    count = len(past) + 1 - len(fitted.turns)
+    if not count:
+        return None
+    return TurnsDropped(count // 2, sum(len(turn.images) for turn in past[1 : 1 + count]))
 
 
-def collect(events: Generator[GenerationEvent, None, None]) -> Generation:
+def collect(events: Events) -> Generation:
     """Run a stream to its end and return the whole answer."""
     text = ""
     ids: list[int] = []
     logprobs: list[float] = []
+    dropped = 0
     for event in events:
-        if isinstance(event, Finished):
+        if isinstance(event, TextDelta):
+            text += event.text
+            ids += event.token_ids
+            logprobs += event.logprobs
+        elif isinstance(event, TurnsDropped):
+            dropped = event.turns
+        else:
             return Generation(
-                text, tuple(ids), event.finish_reason, event.stats, logprobs=tuple(logprobs)
+                text, tuple(ids), event.finish_reason, event.stats, tuple(logprobs), dropped
             )
-        text += event.text
-        ids += event.token_ids
-        logprobs += event.logprobs
     raise RuntimeError("a generation ended without Finished")
-
-
-def _positions(prompt: Prompt, images: Sequence[EncodedImage]) -> list[Position]:
-    """Return what each embedding position of the prompt is."""
-    positions: list[Position] = []
-    remaining = iter(images)
-    for segment in prompt.segments:
-        if isinstance(segment, TextIds):
-            positions += segment.ids
-        else:
-            image = next(remaining)
-            positions += [(image.digest, row) for row in range(image.features.shape[0])]
-    return positions
-
-
-def _after(
-    prompt: Prompt, images: Sequence[EncodedImage], start: int
-) -> tuple[Prompt, tuple[EncodedImage, ...]]:
-    """Return the prompt's segments from position `start` on, and the pictures among them."""
-    segments: list[Segment] = []
-    kept: list[EncodedImage] = []
-    remaining = iter(images)
-    at = 0
-    for segment in prompt.segments:
-        if isinstance(segment, ImageSlot):
-            image = next(remaining)
-            if at >= start:
-                segments.append(segment)
-                kept.append(image)
-            at += image.features.shape[0]
-        else:
-            ids = segment.ids[max(0, start - at) :]
-            if ids:
-                segments.append(replace(segment, ids=ids))
-            at += len(segment.ids)
-    return Prompt(tuple(segments)), tuple(kept)

@@ -6,11 +6,20 @@ sampling. Another decoder family (Vicuna, say) would change this file and no oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from fastvlm_mlx.config import DecoderConfig
-from fastvlm_mlx.model.mlx_lm_parts import KVCache, Model, ModelArgs
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.model.mlx_lm_parts import KVCache, Model, ModelArgs, QuantizedKVCache
+
+KVLayer: TypeAlias = KVCache | QuantizedKVCache
+
+# Affine group sizes of mlx-lm's packed KV cache, the larger the better if it divides a head.
+_KV_GROUP_SIZES = (64, 32)
 
 
 class Decoder(nn.Module):
@@ -45,7 +54,7 @@ class Decoder(nn.Module):
         """Token ids [B,n], any integer dtype, to embeddings [B,n,H] of `dtype`."""
         return self.qwen2.model.embed_tokens(ids).astype(self.dtype)
 
-    def hidden(self, embeddings: mx.array, cache: list[KVCache] | None) -> mx.array:
+    def hidden(self, embeddings: mx.array, cache: Sequence[KVLayer] | None) -> mx.array:
         """Run the layers: embeddings [B,n,H] to states [B,n,H] of `dtype`, after the final norm.
 
         The n positions follow those in `cache`, which is advanced by n; None means no cache.
@@ -59,6 +68,22 @@ class Decoder(nn.Module):
             return self.qwen2.model.embed_tokens.as_linear(hidden)
         return self.qwen2.lm_head(hidden)
 
-    def make_cache(self) -> list[KVCache]:
-        """Return an empty KV cache, one entry a layer."""
-        return [KVCache() for _ in range(self.config.num_layers)]
+    def make_cache(self, kv_bits: int | None = None) -> list[KVLayer]:
+        """Return an empty KV cache, one entry a layer: floats, or packed in 8 or 4 bits.
+
+        Packed is mlx-lm's affine form, in groups of 64 (32 if a head has no multiple of 64).
+        Raises ConfigError for other bits, or heads that no group divides.
+        """
+        layers = range(self.config.num_layers)
+        if kv_bits is None:
+            return [KVCache() for _ in layers]
+        if kv_bits not in (8, 4):
+            raise ConfigError(f"the KV cache packs into 8 or 4 bits, not {kv_bits}")
+        head_dim = self.config.hidden_size // self.config.num_heads
+        fitting = [size for size in _KV_GROUP_SIZES if head_dim % size == 0]
+        if not fitting:
+            raise ConfigError(
+                f"this model's KV cache can't be packed: its heads of {head_dim} are no multiple "
+                f"of {_KV_GROUP_SIZES[-1]}"
+            )
+        return [QuantizedKVCache(group_size=fitting[0], bits=kv_bits) for _ in layers]

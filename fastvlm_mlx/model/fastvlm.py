@@ -25,10 +25,14 @@ class EncodedImage:
     """A picture after tower and projector, reusable in any prompt of the same model.
 
     `features` [tokens, hidden] in the model's dtype; `digest` names the pixels they came from.
+    `pixels`, uint8 [H,W,3] as given to the tower, is what a saved session keeps of a picture;
+    `name` is for people.
     """
 
     features: mx.array
     digest: str
+    pixels: np.ndarray | None = None
+    name: str = ""
 
 
 def pixel_digest(pixels: np.ndarray) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from fastvlm_mlx.errors import BackendError
 
 if TYPE_CHECKING:
-    from mlx_lm.models.cache import KVCache
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
     from mlx_lm.models.qwen2 import Model, ModelArgs
     from mlx_lm.sample_utils import (
         apply_min_p,
@@ -37,6 +37,7 @@ __all__ = [
     "KVCache",
     "Model",
     "ModelArgs",
+    "QuantizedKVCache",
     "apply_min_p",
     "apply_top_k",
     "apply_top_p",
@@ -76,7 +77,7 @@ def _plain_import() -> tuple[ModuleType, ...]:
 if not TYPE_CHECKING:
     _qwen2, _cache, _sample_utils = load_modules()
     Model, ModelArgs = _qwen2.Model, _qwen2.ModelArgs
-    KVCache = _cache.KVCache
+    KVCache, QuantizedKVCache = _cache.KVCache, _cache.QuantizedKVCache
     apply_min_p, apply_top_k = _sample_utils.apply_min_p, _sample_utils.apply_top_k
     apply_top_p = _sample_utils.apply_top_p
     make_logits_processors = _sample_utils.make_logits_processors

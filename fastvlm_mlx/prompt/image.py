@@ -64,7 +64,7 @@ def open_image(
     Raises ImageError, naming the source, if it cannot be read or decoded; FetchError for a
     download that fails.
     """
-    name = name or _name(source)
+    name = name or picture_name(source)
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source, name), background, name)
     if isinstance(source, Image.Image):
@@ -257,7 +257,8 @@ def _broken(name: str, error: Exception) -> ImageError:
     return ImageError(f"{name} is a damaged picture: {reason}")
 
 
-def _name(source: object) -> str:
+def picture_name(source: object) -> str:
+    """Name a picture for people: its path or URL, or what kind of object it is."""
     if isinstance(source, (str, os.PathLike)):
         return source_name(source)
     if isinstance(source, bytes):

@@ -27,7 +27,7 @@ def picture(seed: int, height: int = 96, width: int = 128) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def engine() -> fv.Engine:
-    return fv.load("demo")
+    return fv.load("demo", feature_cache_bytes=0)  # each call is to run the tower
 
 
 def greedy(engine: fv.Engine, prompt: str, *pictures: object, tokens: int = 12) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ def test_finish_reasons(engine: fv.Engine) -> None:
 
     def cancelled() -> bool:
         seen.append(1)
-        return len(seen) == 2
+        return len(seen) == 3  # asked before the prompt and after each token
 
     stopped = engine.generate("What is this?", images=[picture(1)], cancelled=cancelled)
     assert (stopped.finish_reason, len(stopped.token_ids)) == ("cancelled", 2)

@@ -24,7 +24,7 @@ WAITS = {"eval", "item", "tolist", "synchronize", "__bool__", "__int__", "__floa
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return load("demo")
+    return load("demo", feature_cache_bytes=0)  # each call is to run the tower
 
 
 @pytest.fixture

@@ -1,0 +1,154 @@
+"""A transcript in embedding positions: what each one is, which turns still fit, what is left to do.
+
+Knows prompts, pictures' sizes and the context's limit. Knows no KV arrays and computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.generate.cache import Position
+from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.prompt.processor import ImageSlot, Processor, Prompt, Segment, TextIds
+from fastvlm_mlx.prompt.template import IM_START, ImageMark, Message
+
+Overflow = Literal["refuse", "drop"]
+
+# Room kept for an answer, and what is used once turns have been dropped, as shares of the context:
+# dropping a quarter at once makes the prefill of all the rest rare.
+_ANSWER_SHARE = 1 / 4
+_USED_AFTER_DROP = 3 / 4
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message and the pictures in its slots."""
+
+    message: Message
+    images: tuple[EncodedImage, ...] = ()
+
+    def without_image(self, index: int) -> Turn:
+        """Return the turn without its picture `index` and the line's end that follows its slot."""
+        slot = [i for i, part in enumerate(self.message.content) if isinstance(part, ImageMark)]
+        after = slot[index] + 1
+        rest = self.message.content[after:]
+        if rest and rest[0] == "\n":
+            rest = rest[1:]
+        content = (*self.message.content[: slot[index]], *rest)
+        images = (*self.images[:index], *self.images[index + 1 :])
+        return Turn(replace(self.message, content=content), images)
+
+    @property
+    def text(self) -> str:
+        """The message's text, without pictures and the line's end after each."""
+        turn = self
+        while turn.images:
+            turn = turn.without_image(0)
+        return "".join(part for part in turn.message.content if isinstance(part, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """The turns that are read, the prompt they make, and what each of its positions is."""
+
+    turns: tuple[Turn, ...]
+    prompt: Prompt
+    positions: list[Position]
+
+    @property
+    def images(self) -> tuple[EncodedImage, ...]:
+        """All pictures, in order."""
+        return tuple(image for turn in self.turns for image in turn.images)
+
+
+def lay_out(
+    processor: Processor, turns: Sequence[Turn], *, generation_prompt: bool = True
+) -> Fitted:
+    """Return the prompt of all turns, position by position."""
+    prompt = processor.prompt([turn.message for turn in turns], generation_prompt=generation_prompt)
+    positions: list[Position] = []
+    images = (image for turn in turns for image in turn.images)
+    for segment in prompt.segments:
+        if isinstance(segment, TextIds):
+            positions += segment.ids
+        else:
+            image = next(images)
+            positions += [(image.digest, row) for row in range(image.features.shape[0])]
+    return Fitted(tuple(turns), prompt, positions)
+
+
+def fit(
+    processor: Processor, turns: Sequence[Turn], *, limit: int, max_tokens: int, overflow: Overflow
+) -> Fitted:
+    """Return the turns that fit `limit` positions: all of them, or none but the latest dropped.
+
+    `turns` are the system's, then questions and answers in pairs, then the new question. With
+    overflow "drop", room for `max_tokens` (at most a quarter of the context) is made by leaving
+    out the oldest pairs, whole, down to three quarters of the context. With "refuse" an answer
+    needs one position of room. Raises PromptError if there is no room.
+    """
+    whole = lay_out(processor, turns)
+    used = len(whole.positions)
+    answer = min(max_tokens, int(limit * _ANSWER_SHARE))
+    pairs = (len(turns) - 2) // 2
+    if overflow == "drop" and used + answer > limit and pairs:
+        starts = _message_starts(processor, whole.positions)
+        # An empty system message is not rendered.
+        first = len(starts) - (len(turns) - 1)
+        wanted = used + answer - limit * _USED_AFTER_DROP
+        dropped = next(
+            (n for n in range(1, pairs) if starts[first + 2 * n] - starts[first] >= wanted), pairs
+        )
+        whole = lay_out(processor, (turns[0], *turns[1 + 2 * dropped :]))
+    used = len(whole.positions)
+    if used >= limit:
+        raise PromptError(_no_room(whole, used, limit, overflow))
+    return whole
+
+
+def _message_starts(processor: Processor, positions: Sequence[Position]) -> list[int]:
+    """Return where each message begins, by its control token, which no typed text can hold.
+
+    The last of them is where the answer begins.
+    """
+    start = processor.tokenizer.control_id(IM_START.token)
+    return [i for i, position in enumerate(positions) if position == start][:-1]
+
+
+def _no_room(whole: Fitted, used: int, limit: int, overflow: Overflow) -> str:
+    if len(whole.turns) <= 2:
+        return (
+            f"the prompt takes {used} positions, the model has {limit}: "
+            "shorten it or give fewer or smaller pictures"
+        )
+    advice = "go back some turns, drop a picture"
+    if overflow == "refuse":
+        advice += ", or let the oldest turns be dropped (overflow drop)"
+    return f"the conversation takes {used} positions with this question, of {limit}: {advice}"
+
+
+def after(fitted: Fitted, start: int) -> tuple[Prompt, tuple[EncodedImage, ...]]:
+    """Return the prompt's segments from position `start` on, and the pictures among them.
+
+    `start` is not inside a picture.
+    """
+    segments: list[Segment] = []
+    kept: list[EncodedImage] = []
+    images = iter(fitted.images)
+    at = 0
+    for segment in fitted.prompt.segments:
+        if isinstance(segment, ImageSlot):
+            image = next(images)
+            if at >= start:
+                segments.append(segment)
+                kept.append(image)
+            at += image.features.shape[0]
+        else:
+            ids = segment.ids[max(0, start - at) :]
+            if ids:
+                segments.append(replace(segment, ids=ids))
+            at += len(segment.ids)
+    return Prompt(tuple(segments)), tuple(kept)
