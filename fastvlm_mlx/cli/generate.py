@@ -30,6 +30,7 @@ from fastvlm_mlx.cli.options import (
 from fastvlm_mlx.events import Finished, Generation, GenerationEvent
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM
 from fastvlm_mlx.sampling import Sampling
+from fastvlm_mlx.terminal.safe_text import safe
 
 if TYPE_CHECKING:
     from fastvlm_mlx.engine import Engine
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 DEFAULT_PROMPT = "Describe the image."
 
 log = logging.getLogger("fastvlm_mlx")
-
-# A model can write bytes that a terminal would obey; a pipe gets them as they are.
-_TERMINAL_SAFE = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @click.command("generate", cls=Command, short_help="Answer a question about pictures.")
@@ -243,7 +241,10 @@ def _load(model: str, given: dict[str, Any], console: Console) -> Engine:
 def _shown(
     events: Iterator[GenerationEvent], console: Console, interrupt: Interrupt, *, silent: bool
 ) -> Generator[GenerationEvent, None, None]:
-    """Pass events on, printing their text as it comes, and a line's end after it."""
+    """Pass events on, printing their text as it comes, and a line's end after it.
+
+    A model can write bytes that a terminal would obey; a pipe gets them as they are.
+    """
     text = ""
     to_terminal = sys.stdout.isatty()
     for event in events:
@@ -255,7 +256,7 @@ def _shown(
                 click.echo("" if text.endswith("\n") else "\n", nl=False)
         elif not silent and event.text:
             console.close()
-            text = event.text.translate(_TERMINAL_SAFE) if to_terminal else event.text
+            text = safe(event.text) if to_terminal else event.text
             click.echo(text, nl=False)
         yield event
 
