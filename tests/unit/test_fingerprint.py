@@ -93,7 +93,7 @@ def test_any_one_changed_element_changes_it(data: st.DataObject) -> None:
         flat[data.draw(st.integers(0, flat.size - 1))] ^= 1 << data.draw(st.integers(0, 31))
         return values
 
-    assert changed(model, name, nudge) != FROZEN
+    assert changed(model, name, nudge) != fingerprint(model)
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,7 +114,7 @@ def test_two_exchanged_elements_change_it(data: st.DataObject) -> None:
         flat[[one, other]] = flat[[other, one]]
         return values
 
-    assert changed(model, name, exchange) != FROZEN
+    assert changed(model, name, exchange) != fingerprint(model)
 
 
 _SHARED: list[FastVLM] = []
@@ -133,9 +133,9 @@ def _let_go() -> Iterator[None]:
 
 
 def test_exchanged_elements_of_bfloat16_precision_change_it(model: FastVLM) -> None:
-    """Float32 made from bfloat16 has 16 zero bits a word: weights that differ by a multiple of
-    2^16 then cancel. Every pair in a row is tried."""
-    name = "decoder.qwen2.model.layers.0.self_attn.q_proj.weight"
+    """Float32 made from bfloat16 has 16 zero bits a word: where weightings differ by a multiple of
+    2^16 an exchange cancels, as it does all along a tensor when they are 1, 3, 5 …"""
+    name = "decoder.qwen2.model.embed_tokens.weight"
 
     def halve(values: np.ndarray) -> np.ndarray:
         values.view(np.uint32)[...] &= 0xFFFF0000
@@ -143,14 +143,14 @@ def test_exchanged_elements_of_bfloat16_precision_change_it(model: FastVLM) -> N
 
     def exchange(one: int, other: int) -> Callable[[np.ndarray], np.ndarray]:
         def edit(values: np.ndarray) -> np.ndarray:
-            values = halve(values)
-            values[0, [one, other]] = values[0, [other, one]]
+            flat = halve(values).reshape(-1)
+            flat[[one, other]] = flat[[other, one]]
             return values
 
         return edit
 
-    row = halve(np.array(dict(tree_flatten(model.parameters()))[name]))[0]
-    pairs = [(0, other) for other in range(1, 60) if row[other] != row[0]]
+    flat = halve(np.array(dict(tree_flatten(model.parameters()))[name])).reshape(-1)
+    pairs = [(i, i + (1 << 15)) for i in range(40) if flat[i] != flat[i + (1 << 15)]]
     seen = {changed(model, name, exchange(*pair)) for pair in pairs}
     assert len(seen) == len(pairs) and changed(model, name, halve) not in seen
 
@@ -160,20 +160,19 @@ def test_exchanged_tensors_of_one_shape_change_it(model: FastVLM) -> None:
         paths = [f"decoder.qwen2.model.layers.{i}.self_attn.{kind}" for i in (0, 1)]
         arrays = dict(tree_flatten(model.parameters()))
         pairs = [(paths[0], arrays[paths[1]]), (paths[1], arrays[paths[0]])]
+        before = fingerprint(model)
         model.load_weights(pairs, strict=False)
-        assert fingerprint(model) != FROZEN
+        assert fingerprint(model) != before
         model.load_weights([(path, arrays[path]) for path in paths], strict=False)
-        assert fingerprint(model) == FROZEN
+        assert fingerprint(model) == before
 
 
 @pytest.mark.parametrize("edit", ["reshape", "bits"])
 def test_the_same_bytes_of_another_shape_or_dtype_change_it(model: FastVLM, edit: str) -> None:
     layer = model.decoder.qwen2.model.layers[0].self_attn.q_proj
-    before = layer.weight
-    layer.weight = before.reshape(-1, 2) if edit == "reshape" else before.view(mx.uint32)
-    assert fingerprint(model) != FROZEN
-    layer.weight = before
-    assert fingerprint(model) == FROZEN
+    name, weight = fingerprint(model), layer.weight
+    layer.weight = weight.reshape(-1, 2) if edit == "reshape" else weight.view(mx.uint32)
+    assert fingerprint(model) != name
 
 
 def test_dtype_packing_and_sizes_change_it(model: FastVLM) -> None:
@@ -200,8 +199,9 @@ def test_dtype_packing_and_sizes_change_it(model: FastVLM) -> None:
 def test_how_tensors_lie_in_memory_changes_nothing(model: FastVLM) -> None:
     """A folded tower's weights are transposed views of what was on the disk."""
     layer = model.decoder.qwen2.model.layers[0].mlp.up_proj
+    name = fingerprint(model)
     layer.weight = mx.contiguous(layer.weight.T).T
-    assert fingerprint(model) == FROZEN
+    assert fingerprint(model) == name
 
 
 def test_pieces_are_bounded_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
