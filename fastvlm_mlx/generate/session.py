@@ -18,19 +18,16 @@ Knows no terminal, and of files only that a session can be written to one.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TypedDict, Unpack, get_args
-
-import mlx.core as mx
 
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.events import ChatEvent, Finished, Generation, TextDelta, TurnsDropped
-from fastvlm_mlx.generate.cache import KVPrefix
 from fastvlm_mlx.generate.clock import Clock
-from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, after, fit, lay_out
-from fastvlm_mlx.generate.loop import Cancelled, prefill
+from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, fit, lay_out
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
+from fastvlm_mlx.generate.warm import WarmDecoder
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 from fastvlm_mlx.sampling import GREEDY, Sampling
@@ -71,7 +68,7 @@ class ChatSession:
         self.overflow: Overflow = overflow
         self._pipeline = pipeline
         self._turns: tuple[Turn, ...] = (Turn(Message("system", (system,))),)
-        self._kv = KVPrefix(pipeline.model.decoder, kv_bits)
+        self._warm = WarmDecoder(pipeline, kv_bits)
         self._answering = False
 
     @property
@@ -113,12 +110,12 @@ class ChatSession:
     @property
     def kv_bits(self) -> int | None:
         """Bits the KV cache is packed into; None if it holds floats."""
-        return self._kv.kv_bits
+        return self._warm.kv.kv_bits
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of the KV cache's buffers."""
-        return self._kv.nbytes
+        return self._warm.kv.nbytes
 
     def set_system(self, text: str) -> None:
         """Replace the system message; every turn is read again after it."""
@@ -161,7 +158,7 @@ class ChatSession:
         """
         self._require_idle()
         twin = ChatSession(self._pipeline, sampling=self.sampling, overflow=self.overflow)
-        twin._turns, twin._kv = self._turns, self._kv.copy()
+        twin._turns, twin._warm = self._turns, self._warm.fork()
         return twin
 
     def ask(
@@ -202,7 +199,6 @@ class ChatSession:
         picture; FastVLMError for options that make no sense.
         """
         return self._answer(
-            self._turns,
             text,
             images,
             max_tokens=max_tokens,
@@ -219,8 +215,7 @@ class ChatSession:
         The earlier answer stays if this one fails, or is cancelled with nothing kept. Raises
         PromptError if nothing was asked yet.
         """
-        last = self._last_question()
-        return self._answer(self._turns[:-2], last.message, last.images, **options)
+        return self._answer(None, None, replace=True, **options)
 
     def edit(
         self,
@@ -232,8 +227,7 @@ class ChatSession:
 
         As with `retry`, the earlier question and answer stay unless there is a new answer.
         """
-        pictures = self._last_question().images if images is None else images
-        return self._answer(self._turns[:-2], text, pictures, **options)
+        return self._answer(text, images, replace=True, **options)
 
     def prepare(
         self, images: Sequence[Picture], cancelled: Callable[[], bool] = lambda: False
@@ -254,20 +248,7 @@ class ChatSession:
         if not encoded or len(whole.positions) >= self.max_positions:
             return 0
         # What follows the last picture is tokenized together with the question.
-        certain = whole.positions[: rows[-1] + 1]
-        reused = self._kv.keep_common([*certain, -1])
-        if reused == len(certain):
-            return 0
-        embeddings = pipeline.embed(*after(whole, reused))[:, : len(certain) - reused]
-        kept = reused
-        try:
-            with suppress(Cancelled):
-                prefill(pipeline.model.decoder, embeddings, self._kv.layers, cancelled=cancelled)
-            mx.eval([layer.state for layer in self._kv.layers])
-            kept = self._kv.layers[0].offset
-        finally:
-            self._kv.hold(certain[:kept])
-        return kept - reused
+        return self._warm.prepare(whole, rows[-1] + 1, cancelled)
 
     def _require_idle(self) -> None:
         if self._answering:
@@ -280,10 +261,10 @@ class ChatSession:
 
     def _answer(
         self,
-        past: tuple[Turn, ...],
-        question: str | Message,
-        images: Sequence[Picture],
+        question: str | None,
+        images: Sequence[Picture] | None,
         *,
+        replace: bool = False,
         max_tokens: int = 256,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
@@ -291,8 +272,14 @@ class ChatSession:
         cancelled: Callable[[], bool] = lambda: False,
         keep_partial: bool = False,
     ) -> Events:
-        """Yield the answer to `question` after `past`; then these three are the transcript."""
+        """Yield the answer to a question, which with the answer then ends the transcript.
+
+        With `replace` it takes the place of the last one, whose text and pictures it has where
+        they are None.
+        """
         self._require_idle()
+        last = self._last_question() if replace else None
+        past = self._turns[:-2] if replace else self._turns
         options = AnswerOptions(
             sampling=sampling or self.sampling,
             max_tokens=max_tokens,
@@ -304,14 +291,18 @@ class ChatSession:
         self._answering = True
         try:
             clock = self._pipeline.start_clock(profile=profile)
-            fitted = self._fitted(past, question, listed(images), options, clock)
-            if fitted is None:
+            pictures = last.images if last is not None and images is None else listed(images or ())
+            encoded = self._encoded(pictures, options, clock)
+            if encoded is None:
                 finished = self._pipeline.unanswered(clock)
             else:
+                message = last.message if question is None and last else None
+                turn = Turn(message or user_message(question or "", len(encoded)), encoded)
+                fitted = self._fitted((*past, turn), options.max_tokens)
                 dropped = _dropped(past, fitted)
                 if dropped is not None:
                     yield dropped
-                with closing(self._generate(fitted, options, clock)) as events:
+                with closing(self._warm.answer(fitted, options, clock)) as events:
                     for event in events:
                         if isinstance(event, Finished):
                             finished = event
@@ -333,60 +324,27 @@ class ChatSession:
     def _commit(self, fitted: Fitted, answer: str) -> None:
         self._turns = (*fitted.turns, Turn(Message("assistant", (answer,))))
 
-    def _fitted(
-        self,
-        past: tuple[Turn, ...],
-        question: str | Message,
-        pictures: Sequence[Picture],
-        options: AnswerOptions,
-        clock: Clock,
-    ) -> Fitted | None:
-        """Encode the pictures and lay out the turns that fit; None if cancelled before."""
-        if self.overflow not in get_args(Overflow):
-            raise ConfigError(f"overflow is refuse or drop, not {self.overflow!r}")
+    def _encoded(
+        self, pictures: Sequence[Picture], options: AnswerOptions, clock: Clock
+    ) -> tuple[EncodedImage, ...] | None:
+        """Return the pictures dispatched to the tower; None if cancelled before all were."""
         encoded: list[EncodedImage] = []
         for picture in pictures:
             if options.cancelled():
                 return None
             encoded.append(self._pipeline.encode(picture, ImageOptions(), clock))
-        if isinstance(question, str):
-            question = user_message(question, len(encoded))
+        return tuple(encoded)
+
+    def _fitted(self, turns: Sequence[Turn], max_tokens: int) -> Fitted:
+        if self.overflow not in get_args(Overflow):
+            raise ConfigError(f"overflow is refuse or drop, not {self.overflow!r}")
         return fit(
             self._pipeline.processor,
-            (*past, Turn(question, tuple(encoded))),
+            turns,
             limit=self.max_positions,
-            max_tokens=options.max_tokens,
+            max_tokens=max_tokens,
             overflow=self.overflow,
         )
-
-    def _generate(
-        self, fitted: Fitted, options: AnswerOptions, clock: Clock
-    ) -> Generator[TextDelta | Finished, None, None]:
-        """Prefill what the cache does not hold, and yield the answer; then say what it holds."""
-        reused = self._kv.keep_common(fitted.positions)
-        embeddings = self._pipeline.embed(*after(fitted, reused))
-        generated: list[int] = []
-        ended = False
-        events = self._pipeline.answer(
-            embeddings, self._kv.layers, fitted.prompt, options, clock, reused, generated.append
-        )
-        try:
-            for event in events:
-                ended = isinstance(event, Finished)
-                yield event
-        finally:
-            try:
-                events.close()
-                if generated:  # all of them but the latest are certainly cached (see `loop`)
-                    kept = [*fitted.positions, *generated[:-1]]
-                elif ended:  # cancelled between two passes
-                    kept = fitted.positions[: self._kv.layers[0].offset]
-                else:
-                    kept = fitted.positions[:reused]
-                self._kv.hold(kept)
-            except BaseException:
-                self._kv = KVPrefix(self._pipeline.model.decoder, self._kv.kv_bits)
-                raise
 
 
 def _dropped(past: Sequence[Turn], fitted: Fitted) -> TurnsDropped | None:
