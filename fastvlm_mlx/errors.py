@@ -43,3 +43,7 @@ class FetchError(FastVLMError):
 
 class MemoryLimitError(FastVLMError):
     """The model needs more memory than is free or allowed."""
+
+
+class SessionError(FastVLMError):
+    """A session file cannot be read or written."""
