@@ -1,4 +1,4 @@
-"""Text of others made harmless for a terminal: an answer must not move the cursor or lie about order.
+"""Text of others made harmless for a terminal: an answer must not move the cursor.
 
 Knows which characters a terminal obeys instead of showing. Knows nothing of Markdown or of screens.
 """
@@ -35,5 +35,5 @@ class SafeText:
 
 
 def _joined(text: str) -> str:
-    """Return text with each pair of surrogates as the one character it stands for, U+FFFD for half."""
+    """Return text with each pair of surrogates as one character, U+FFFD for half of one."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
