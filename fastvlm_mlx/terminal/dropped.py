@@ -10,6 +10,7 @@ quotes around it, with `'\\''` or `'"'"'` for an apostrophe; Alacritty writes it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import urllib.parse
@@ -31,6 +32,7 @@ _WORD = re.compile(r"[^ \t\r\n]+")
 _ENDS_LIKE_A_PICTURE = re.compile(
     rf"(?:{'|'.join(map(re.escape, PICTURE_SUFFIXES))})(?=[ \t\r\n]|$)", re.IGNORECASE
 )
+_FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/[^/].*)", re.IGNORECASE)
 _PUNCTUATION = ",.;:!?)"
 _LONGEST_PATH = 4 * 4096  # PATH_MAX, each character escaped, and to spare
 
@@ -73,6 +75,25 @@ def split_dropped(text: str) -> Dropped:
 def starts_with_path(text: str) -> bool:
     """Return whether the text's first word is a picture, and so is no command."""
     return _word_at(text, 0).source is not None
+
+
+def typed_path(argument: str) -> Path:
+    """Return the one path that a command's argument is: quoted, escaped, a `file://` URI, or bare.
+
+    A bare one may hold blanks. `~` is expanded; nothing is asked of the path but whether it is a
+    file as written.
+    """
+    argument = argument.strip()
+    word = _shell_word(argument, 0)
+    uri = _FILE_URI.match(argument)
+    if uri is not None:
+        argument = os.fsdecode(urllib.parse.unquote_to_bytes(uri[1]))
+    elif word is not None and word[1] == len(argument) and not _is_file(argument):
+        argument = word[0]
+    path = Path(argument)
+    with contextlib.suppress(RuntimeError):  # ~name of no known user: then it is a file's name
+        path = path.expanduser()
+    return path
 
 
 def _words(text: str) -> list[_Word]:
@@ -138,7 +159,7 @@ def _from_uri(raw: str, start: int) -> _Word | None:
     if raw[:11].lower() == "data:image/":
         return _Word(start, start + len(raw), raw)
     for uri in (raw, raw.rstrip(_PUNCTUATION)):
-        parts = re.match(r"file:(?://(?:localhost)?)?(/[^/].*)", uri, re.IGNORECASE)
+        parts = _FILE_URI.match(uri)
         if parts is not None:
             path = os.fsdecode(urllib.parse.unquote_to_bytes(parts[1]))
             if _ends_like_a_picture(path) or _is_file(path):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastvlm_mlx.terminal.dropped import Dropped, split_dropped, starts_with_path
+from fastvlm_mlx.terminal.dropped import Dropped, split_dropped, starts_with_path, typed_path
 
 
 def sources(text: str) -> list[str]:
@@ -201,6 +201,20 @@ def test_a_line_starts_with_a_path_only_if_its_first_word_is_one(tmp_path: Path)
     assert starts_with_path(f"{tmp_path}/download what is it?")
     for line in ("", " /no/such.png", "/help /no/such.png", "/image", "What /no/such.png"):
         assert not starts_with_path(line)
+
+
+def test_a_commands_path_may_be_written_any_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "/no such/Ann's chat.session"
+    for written in (name, *(way(name) for way in WAYS)):
+        assert typed_path(f" {written} ") == Path(name), written
+    assert typed_path("~/a.session") == tmp_path / "a.session"
+    assert typed_path("two words") == Path("two words")
+    odd = tmp_path / "a\\b"
+    odd.touch()
+    assert typed_path(str(odd)) == odd
 
 
 def test_a_long_text_of_quotes_takes_one_pass() -> None:
