@@ -19,7 +19,7 @@ import numpy as np
 from fastvlm_mlx.generate.cache import Position
 from fastvlm_mlx.generate.tensor_file import TensorFile
 
-_MAX_POSITIONS = 1 << 20  # more than any context: what a file may make us list
+_MAX_POSITIONS = 1 << 18  # more than any context: what a file may make us list
 _PLAIN = ("keys", "values")
 _PACKED = tuple(f"{part}.{index}" for part in _PLAIN for index in range(3))
 # How a dtype is written: its name in the file, the unsigned type of its bits.

@@ -192,7 +192,8 @@ def _read_images(
     file: TensorFile, given: Sequence[tuple[str, str]], damage: list[str]
 ) -> tuple[SavedImage, ...]:
     """Return each picture given; those that share a digest share their pixels."""
-    pixels = {digest: _read_pixels(file, digest) for digest, _ in given}
+    digests = dict.fromkeys(digest for digest, _ in given)
+    pixels = {digest: _read_pixels(file, digest) for digest in digests}
     for number, (digest, name) in enumerate(given, start=1):
         if pixels[digest] is None:
             damage.append(f"picture {number} ({source_name(name)}) is damaged and lost")
