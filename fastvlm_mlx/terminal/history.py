@@ -21,7 +21,7 @@ MAX_ENTRIES = 1000
 MAX_ENTRY_BYTES = 32 * 1024
 """A longer text (a pasted book) is remembered while the chat runs and not written."""
 _SLACK = 200  # so that not every line rewrites the file
-_MAX_FILE_BYTES = 4 * 2**20
+_MAX_FILE_BYTES = 2 * 2**20
 
 
 def history_path(environ: Mapping[str, str], *, platform: str = sys.platform) -> Path | None:
@@ -68,7 +68,7 @@ class HistoryFile:
             os.write(file, (b"\n" if broken else b"") + line)
             content = _tail(file)
             if size > _MAX_FILE_BYTES or content.count(b"\n") > MAX_ENTRIES + _SLACK:
-                self._replace(_parse(content))
+                self._replace(_parse(content[-_MAX_FILE_BYTES // 2 :]))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:

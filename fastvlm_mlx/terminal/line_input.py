@@ -201,9 +201,7 @@ class LineInput:
     def _give_up_file(self, what: str, error: OSError) -> None:
         path, self._file = self._file and self._file.path, None
         reason = error.strerror or error
-        log.warning(
-            "the history %s cannot be %s (%s): it is kept until the end", path, what, reason
-        )
+        log.warning("history %s cannot be %s (%s): it lasts for this chat only", path, what, reason)
 
     def _bindings(self) -> KeyBindings:
         bindings = KeyBindings()
@@ -238,7 +236,8 @@ class LineInput:
 def _enter(event: KeyPressEvent) -> None:
     """Send; or take the chosen completion; or, after a backslash, begin a new line."""
     buffer = event.current_buffer
-    if buffer.complete_state is not None and buffer.complete_state.current_completion is not None:
+    menu = buffer.complete_state
+    if menu is not None and menu.current_completion is not None and len(menu.completions) > 1:
         buffer.complete_state = None
         return
     before = buffer.document.current_line_before_cursor
