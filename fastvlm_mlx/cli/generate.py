@@ -11,29 +11,19 @@ import json
 import logging
 import sys
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from fastvlm_mlx.cli import stats as stats_table
+from fastvlm_mlx.cli.asking import answer_options, chosen_sampling, load_engine, model_options
 from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.inputs import read_pictures, read_prompt
 from fastvlm_mlx.cli.interrupt import Interrupt
-from fastvlm_mlx.cli.options import (
-    Command,
-    Size,
-    chosen_model,
-    image_options,
-    model_option,
-    option,
-)
+from fastvlm_mlx.cli.options import Command, chosen_model, image_options, option
 from fastvlm_mlx.events import Finished, Generation, GenerationEvent
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM
-from fastvlm_mlx.sampling import Sampling
 from fastvlm_mlx.terminal.safe_text import safe
-
-if TYPE_CHECKING:
-    from fastvlm_mlx.engine import Engine
 
 DEFAULT_PROMPT = "Describe the image."
 
@@ -52,90 +42,9 @@ log = logging.getLogger("fastvlm_mlx")
     show_default=True,
     help='The system turn; "" leaves it out.',
 )
-@model_option
-@option(
-    "Model",
-    "--vision-from",
-    metavar="NAME|FOLDER",
-    help="Where the vision tower is, for exports for Apple's app, which hold none.",
-)
-@option("Model", "--device", type=click.Choice(["cpu", "gpu"]), help="[default: MLX's choice]")
-@option(
-    "Model",
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What to compute in.  [default: bfloat16 on a GPU, float32 on a CPU]",
-)
-@option(
-    "Model",
-    "--memory-limit",
-    type=Size(),
-    help="Refuse a model that needs more memory than this, e.g. 8GB.",
-)
-@option(
-    "Model",
-    "--keep-quantized",
-    is_flag=True,
-    help="On a CPU, keep quantized weights packed: smaller and slower.",
-)
+@model_options
 @image_options
-@option(
-    "Answer",
-    "--max-tokens",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=256,
-    show_default=True,
-    help="Longest answer.",
-)
-@option(
-    "Answer",
-    "--temperature",
-    metavar="X",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="0 takes the likeliest token each time; higher is more varied.",
-)
-@option(
-    "Answer",
-    "--top-p",
-    metavar="X",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Keep the likeliest tokens that make up this probability; 1 is off.",
-)
-@option(
-    "Answer",
-    "--top-k",
-    metavar="N",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Keep this many of the likeliest tokens; 0 is off.",
-)
-@option(
-    "Answer",
-    "--min-p",
-    metavar="X",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Keep tokens at least this likely beside the likeliest; 0 is off.",
-)
-@option(
-    "Answer",
-    "--repetition-penalty",
-    metavar="X",
-    type=float,
-    default=1.0,
-    show_default=True,
-    help="Above 1 discourages repeating; 1 is off.",
-)
-@option(
-    "Answer", "--seed", metavar="N", type=int, help="The same seed gives the same random answer."
-)
+@answer_options
 @option("Answer", "--stop", metavar="TEXT", multiple=True, help="End before TEXT. Repeatable.")
 @option(
     "Answer",
@@ -179,14 +88,16 @@ def command(
         raise click.UsageError("--logprobs needs --json")
     if "" in given["stop"]:
         raise click.UsageError("--stop must not be empty")
-    sampling = _sampling(given)
+    sampling = chosen_sampling(given)
     question = read_prompt(prompt, prompt_file, has_images=bool(images))
     if images:
         console.start("Reading the picture" if len(images) == 1 else "Reading the pictures")
     pictures = read_pictures(images, given["background"], asked=question is not None)
     model = chosen_model(model, console)
     console.start(f"Loading {model}")
-    engine = _load(model, given, console)
+    engine = load_engine(
+        model, given, say=lambda line: console.line(f"fastvlm: {line}"), progress=console.report
+    )
     console.start("Answering")
     with Interrupt() as interrupt:
         events = engine.stream(
@@ -209,33 +120,6 @@ def command(
     if not as_json and answer.finish_reason == "length":
         console.line(f"fastvlm: {_why_cut(answer, given['max_tokens'])}")
     return 130 if answer.finish_reason == "cancelled" else 0
-
-
-def _sampling(given: dict[str, Any]) -> Sampling:
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-    sampling = Sampling(**{name: given[name] for name in names})
-    if sampling.greedy and (given["top_p"], given["top_k"], given["min_p"]) != (1.0, 0, 0.0):
-        log.warning("--top-p, --top-k and --min-p do nothing without --temperature")
-    return sampling
-
-
-def _load(model: str, given: dict[str, Any], console: Console) -> Engine:
-    from fastvlm_mlx.engine import load
-
-    names = ("dtype", "device", "memory_limit", "vision_from", "keep_quantized")
-    engine = load(
-        model,
-        say=lambda line: console.line(f"fastvlm: {line}"),
-        progress=console.report,
-        **{name: given[name] for name in names},
-    )
-    log.info(
-        "%s: %s layout, computing in %s",
-        engine.source,
-        engine.layout,
-        str(engine.dtype).removeprefix("mlx.core."),
-    )
-    return engine
 
 
 def _shown(

@@ -25,7 +25,16 @@ from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import verbose_option
 from fastvlm_mlx.errors import FastVLMError, one_line
 
-_COMMANDS = ("generate", "preview", "inspect", "convert", "quantize", "export-app", "verify")
+_COMMANDS = (
+    "generate",
+    "chat",
+    "preview",
+    "inspect",
+    "convert",
+    "quantize",
+    "export-app",
+    "verify",
+)
 
 log = logging.getLogger("fastvlm_mlx")
 

@@ -68,7 +68,7 @@ def test_a_bug_of_ours_is_one_line_unless_verbose(
 ) -> None:
     from fastvlm_mlx.cli import generate
 
-    monkeypatch.setattr(generate, "_sampling", lambda _: 1 / 0)
+    monkeypatch.setattr(generate, "chosen_sampling", lambda _: 1 / 0)
     quiet, verbose = run("generate", "-p", "hi"), run("generate", "-p", "hi", "-v")
     assert quiet.code == verbose.code == 1
     assert quiet.err.count("\n") == 1 and "ZeroDivisionError" in quiet.err

@@ -1,0 +1,328 @@
+"""The interactive chat: prompt, answer, prompt; and what Ctrl-C means at each moment.
+
+Runs in the main thread, which owns the terminal and hears the signals; the model works in its own.
+Knows no models and no sessions: what a line does is said by `reply`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+from fastvlm_mlx.errors import FastVLMError, one_line
+from fastvlm_mlx.events import ChatEvent, TextDelta, TurnsDropped
+from fastvlm_mlx.terminal.answers import Answer
+from fastvlm_mlx.terminal.attached import Attached, attach
+from fastvlm_mlx.terminal.clipboard import picture_in_clipboard
+from fastvlm_mlx.terminal.conversation import Conversation
+from fastvlm_mlx.terminal.line_input import Cancelled, LineInput
+from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
+from fastvlm_mlx.terminal.remarks import after_answer, dropped_line
+from fastvlm_mlx.terminal.replies import picture_line, reply
+from fastvlm_mlx.terminal.safe_text import safe
+from fastvlm_mlx.terminal.status import status_line
+from fastvlm_mlx.terminal.tty_state import KeptKeys
+
+T = TypeVar("T")
+
+_DIM, _RED, _BOLD = "2", "31", "1"
+# A wait shorter than this is not worth a line.
+_SILENT_S = 0.3
+# So many Ctrl-C while one answer stops: the chat is left.
+_LEAVING_CTRL_C = 3
+
+
+class _Leave(Exception):
+    """The chat is over."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class App:
+    """A chat on the terminal of standard input and output."""
+
+    def __init__(self, chat: Conversation, *, history_file: Path | None) -> None:
+        self._chat = chat
+        self._out = sys.stdout
+        self._color = not os.environ.get("NO_COLOR")
+        self._answer: Answer | None = None
+        self._stream = self._new_stream()
+        self._prompting = False
+        self._ended_by: int | None = None
+        self._input = LineInput(
+            history_file=history_file,
+            status=lambda columns: status_line(chat.status, columns),
+            images=lambda: len(chat.pending),
+            color=self._color,
+            on_image_paste=self._paste_picture,
+            pictures=self._picture_names,
+        )
+        chat.wait = self._wait
+        chat.changed = self._refresh
+        chat.opened.add_done_callback(self._hear_opened)
+
+    def run(self, pictures: tuple[Attached, ...] = ()) -> int:
+        """Talk until the user leaves; return the exit code. `pictures` were given at the start.
+
+        Raises the FastVLMError of a model that cannot be loaded or a session file that cannot be
+        used; a question typed by then is printed first.
+        """
+        with ExitStack() as stack:
+            keys = stack.enter_context(KeptKeys(sys.stdin, self._out))
+            stack.enter_context(_Signals(self._hear_signal, keys, lambda: self._prompting))
+            try:
+                self._show_pictures(pictures)
+                self._converse()
+            except _Leave as leave:
+                return leave.code
+            except OSError:
+                if self._ended_by is None:
+                    raise
+                return self._exit_code()  # the terminal is gone
+
+    def _converse(self) -> NoReturn:
+        offered = ""
+        while True:
+            line = self._read_line(offered)
+            try:
+                offered = self._do(line)
+            except FastVLMError as error:
+                self._check(line)
+                self._say_error(error)
+                offered = line
+            except KeyboardInterrupt:
+                self._say("stopped", _DIM)
+                offered = line
+            if self._ended_by is not None:
+                raise _Leave(self._exit_code())
+
+    def _do(self, line: str) -> str:
+        """Do what a line says; return what is to be offered for the next."""
+        self._check(line)
+        said = reply(self._chat, line, columns=self._columns())
+        self._show_pictures(said.pictures)
+        for text in said.lines:
+            self._say(text)
+        if said.leaves:
+            raise _Leave(0)
+        return said.offered if said.answer is None else self._show(said.answer)
+
+    def _exit_code(self) -> int:
+        return 130 if self._ended_by is None else 128 + self._ended_by
+
+    # ---- the prompt
+
+    def _read_line(self, offered: str) -> str:
+        """Read a line; Ctrl-C clears it, and leaves when pressed twice with nothing typed."""
+        leaving = False
+        while True:
+            self._show_notes()
+            self._prompting = True
+            try:
+                return self._input.read(offered)
+            except Cancelled as cancelled:
+                self._check(cancelled.text)
+                if self._ended_by is not None or (leaving and not cancelled.text):
+                    raise _Leave(self._exit_code()) from None
+                leaving = not cancelled.text
+            except EOFError:
+                raise _Leave(0 if self._ended_by is None else self._exit_code()) from None
+            finally:
+                self._prompting = False
+            if leaving:
+                self._say("Ctrl-C again to leave", _DIM)
+            offered = ""
+
+    def _check(self, typed: str) -> None:
+        """End the chat if the model is not to be had; what was typed is not lost."""
+        try:
+            self._chat.check()
+        except BaseException:
+            if typed.strip():
+                self._say(f"not asked: {typed}")
+            raise
+
+    def _refresh(self) -> None:
+        """Show what is new while the prompt is; from any thread."""
+        if self._prompting:
+            for note in self._chat.take_notes():
+                self._input.show(note)
+        self._input.refresh()
+
+    def _hear_opened(self, opened: Future[list[str]]) -> None:
+        if opened.exception() is not None:
+            self._input.cancel()
+
+    def _paste_picture(self) -> str | None:
+        data = picture_in_clipboard()
+        if data is None:
+            return None
+        picture = attach(data, self._chat.form, name="clipboard")
+        self._chat.add([picture])
+        return picture_line(self._chat, picture)
+
+    def _picture_names(self) -> tuple[str, ...]:
+        facts = self._chat.facts
+        old = tuple(name for name, _ in facts.pictures) if facts is not None else ()
+        return (*old, *(picture.name for picture in self._chat.pending))
+
+    # ---- the answer
+
+    def _show(self, answer: Answer) -> str:
+        """Draw an answer as it comes; return what is to be offered again."""
+        stops = 0
+        forgotten = False
+        self._answer = answer
+        self._stream = self._new_stream()
+        try:
+            self._wait_for(self._stream)
+            while not forgotten:
+                try:
+                    for event in answer:
+                        self._draw(event)
+                    break
+                except KeyboardInterrupt:
+                    stops += 1
+                    if stops >= _LEAVING_CTRL_C or self._ended_by is not None:
+                        raise _Leave(self._exit_code()) from None
+                    forgotten = answer.stop()
+        except FastVLMError as error:
+            self._stream.finish()
+            self._chat.check()
+            self._say_error(error)
+        finally:
+            self._answer = None
+            self._stream.finish()
+        self._chat.settle(answer)
+        self._show_notes()
+        for line in ["stopped"] if forgotten else after_answer(answer):
+            self._say(line, _DIM)
+        return "" if answer.kept else answer.request.typed
+
+    def _draw(self, event: ChatEvent) -> None:
+        if isinstance(event, TurnsDropped):  # before any text
+            self._stream.finish()
+            self._say(dropped_line(event), _BOLD)
+            self._stream = self._new_stream()
+        elif isinstance(event, TextDelta):
+            self._stream.feed(event.text)
+
+    def _new_stream(self) -> MarkdownStream:
+        return MarkdownStream(self._out, columns=self._columns, rows=self._rows, color=self._color)
+
+    def _wait_for(self, stream: MarkdownStream) -> None:
+        status = self._chat.status
+        if status.loading is not None:
+            stream.wait(f"loading {status.model} {status.loading}".rstrip() + "… (Ctrl-C: not now)")
+        else:
+            stream.wait("…")
+
+    def _wait(self, future: Future[T]) -> T:
+        """Wait for the model; a transient line says so. KeyboardInterrupt gives up waiting."""
+        if wait_for([future], timeout=_SILENT_S).done:
+            return future.result()
+        line = self._new_stream()
+        with line:
+            self._wait_for(line)
+            return future.result()
+
+    # ---- the screen
+
+    def _show_pictures(self, pictures: tuple[Attached, ...]) -> None:
+        for picture in pictures:
+            if self._chat.settings.preview:
+                self._preview(picture)
+            if picture in self._chat.pending:
+                self._say(picture_line(self._chat, picture))
+            else:
+                self._say(f"{picture.name} {picture.width}x{picture.height}")
+
+    def _preview(self, picture: Attached) -> None:
+        from fastvlm_mlx.terminal.inline_image import detect, preview
+
+        protocol = detect(os.environ, self._out.isatty())
+        if protocol is not None:
+            self._out.write(
+                preview(
+                    picture.thumbnail,
+                    protocol,
+                    columns=self._columns(),
+                    rows=max(self._rows() // 2, 1),
+                    color=self._color,
+                )
+            )
+
+    def _show_notes(self) -> None:
+        for note in self._chat.take_notes():
+            self._say(note)
+
+    def _say_error(self, error: FastVLMError) -> None:
+        self._say(f"error: {one_line(str(error))}", _RED)
+
+    def _say(self, line: str, style: str = "") -> None:
+        line = safe(line)
+        if style and self._color:
+            line = f"\x1b[{style}m{line}\x1b[0m"
+        self._out.write(line + "\n")
+        self._out.flush()
+
+    def _columns(self) -> int:
+        return shutil.get_terminal_size().columns
+
+    def _rows(self) -> int:
+        return shutil.get_terminal_size().lines
+
+    # ---- signals
+
+    def _hear_signal(self, number: int) -> None:
+        """SIGINT stops what is going on; SIGTERM and SIGHUP end the chat."""
+        if number != signal.SIGINT:
+            self._ended_by = number
+            if self._prompting:
+                self._input.cancel()
+                return
+        if self._answer is not None:
+            self._answer.wake()
+        else:
+            raise KeyboardInterrupt
+
+
+class _Signals:
+    """A context in which signals go to one function. Enter it in the main thread."""
+
+    def __init__(
+        self, hear: Callable[[int], None], keys: KeptKeys, prompting: Callable[[], bool]
+    ) -> None:
+        self._hear, self._keys, self._prompting = hear, keys, prompting
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+            self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGCONT:
+            self._hear(number)
+        elif not self._prompting():
+            self._keys.apply()

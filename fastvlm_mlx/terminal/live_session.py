@@ -1,0 +1,285 @@
+"""The model's side of a chat: the session and its pictures, touched in the model's thread only.
+
+Every public method takes the engine and is given to `ModelThread`; what it returns is text and
+numbers, as `Facts`. Knows no terminal and no commands.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.events import ChatEvent, TextDelta
+from fastvlm_mlx.terminal.answers import Hold, Request
+from fastvlm_mlx.terminal.attached import Attached, PictureForm
+from fastvlm_mlx.terminal.settings import Settings
+from fastvlm_mlx.terminal.status import SessionFacts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastvlm_mlx.engine import EncodedImage, Engine
+    from fastvlm_mlx.generate.session import ChatSession
+
+# Pictures encoded for a question that was not asked after all: the cache of features, bounded in
+# bytes, still has them when they leave here.
+_MOST_ENCODED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """How a conversation begins: a session file to go on with, or else a new one.
+
+    `system` None is the file's, or the default one.
+    """
+
+    system: str | None = None
+    kv_bits: int | None = None
+    file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What there is to say of a session. `pictures` are (name, positions) in transcript order.
+
+    `positions_per_picture` is what a new picture will take.
+    """
+
+    precision: str
+    system: str
+    last_question: str | None
+    pictures: tuple[tuple[str, int], ...]
+    positions_per_picture: int
+    session: SessionFacts
+
+
+class Forgotten(Exception):
+    """Thrown into an answer that nobody saw anything of: it leaves no trace in the transcript."""
+
+
+class LiveSession:
+    """A ChatSession where it lives. `publish` hears the facts after each change, in this thread."""
+
+    def __init__(
+        self, opening: Opening, form: PictureForm, publish: Callable[[Facts], None]
+    ) -> None:
+        self._opening = opening
+        self._form = form
+        self._publish = publish
+        self._session: ChatSession | None = None
+        self._encoded: dict[int, EncodedImage] = {}
+        self._damaged: Path | None = None
+        self._warm_up_ms: float | None = None
+
+    def open(self, engine: Engine, settings: Settings) -> list[str]:
+        """Begin or resume; return what is to be said of the file.
+
+        Raises FastVLMError for a file that cannot be used at all; it is left untouched.
+        """
+        file = self._opening.file
+        lines: list[str] = []
+        if file is not None and file.exists():
+            lines = self.load(engine, file, settings)
+            if self._opening.system is not None:
+                self.session.set_system(self._opening.system)
+        else:
+            self._session = self._new(engine, settings)
+        self._tell(engine)
+        return lines
+
+    def load(self, engine: Engine, file: Path, settings: Settings) -> list[str]:
+        """Go on with the conversation in a file; return what is to be said of it.
+
+        On an error, the conversation so far stays.
+        """
+        lines: list[str] = []
+        self._session = engine.resume(
+            file,
+            sampling=settings.sampling,
+            overflow=settings.overflow,
+            kv_bits=self._opening.kv_bits,
+            say=lines.append,
+        )
+        self._damaged = file if lines else None
+        self._tell(engine)
+        return lines
+
+    def clear(self, engine: Engine, settings: Settings) -> None:
+        """Begin again with the same system message; encoded pictures stay in the engine's cache."""
+        system = self.session.system
+        self._session = self._new(engine, settings)
+        self.session.set_system(system)
+        self._tell(engine)
+
+    def warm_up(self, engine: Engine) -> None:
+        """Pay for the first run of everything while the user types."""
+        self._warm_up_ms = engine.warm_up()
+        self._tell(engine)
+
+    def encode(self, engine: Engine, picture: Attached) -> int:
+        """Encode a picture of the next question; return its positions."""
+        return int(self._encode(engine, picture).features.shape[0])
+
+    def prepare(self, engine: Engine, pictures: Sequence[Attached], hold: Hold) -> None:
+        """Prefill the pictures of the next question, as far as `hold` lets it."""
+        encoded = [self._encode(engine, picture) for picture in pictures]
+        self.session.prepare(encoded, cancelled=hold.cancelled)
+
+    def answer(self, engine: Engine, request: Request, hold: Hold) -> Iterator[ChatEvent]:
+        """Yield the answer; `hold` decides what becomes of one that is stopped."""
+        session = self.session
+        session.overflow = request.settings.overflow
+        session.sampling = request.settings.sampling
+        try:
+            images = [self._encode(engine, picture) for picture in request.pictures]
+            max_tokens = request.settings.max_tokens
+            if request.kind == "ask":
+                events = session.stream(
+                    request.text,
+                    images,
+                    max_tokens=max_tokens,
+                    cancelled=hold.cancelled,
+                    keep_partial=True,
+                )
+            elif request.kind == "retry":
+                events = session.retry(
+                    max_tokens=max_tokens, cancelled=hold.cancelled, keep_partial=True
+                )
+            else:
+                events = session.edit(
+                    request.text,
+                    [*self._last_images(), *images],
+                    max_tokens=max_tokens,
+                    cancelled=hold.cancelled,
+                    keep_partial=True,
+                )
+            try:
+                for event in events:
+                    if isinstance(event, TextDelta) and not hold.claim():
+                        events.throw(Forgotten())
+                    yield event
+            except Forgotten:
+                return
+            finally:
+                events.close()
+            for picture in request.pictures:
+                self._encoded.pop(picture.key, None)
+        finally:
+            self._tell(engine)
+
+    def rewind(self, engine: Engine, turns: int) -> None:
+        """Forget the last turns. Raises PromptError if there are fewer."""
+        self.session.rewind(turns)
+        self._tell(engine)
+
+    def drop_image(self, engine: Engine, index: int) -> None:
+        """Take a picture out of the transcript. Raises PromptError if there is none."""
+        self.session.drop_image(index)
+        self._tell(engine)
+
+    def set_system(self, engine: Engine, text: str) -> None:
+        """Replace the system message."""
+        self.session.set_system(text)
+        self._tell(engine)
+
+    def save(self, _engine: Engine, file: Path) -> None:
+        """Write the session; a file that was read as damaged is first kept as FILE.damaged."""
+        if self._damaged is not None and self._damaged == file:
+            _keep_beside(file)
+            self._damaged = None
+        self.session.save(file)
+
+    @property
+    def session(self) -> ChatSession:
+        """The session; it is opened before anything else is done."""
+        if self._session is None:
+            raise PromptError("the conversation could not be opened")
+        return self._session
+
+    def _new(self, engine: Engine, settings: Settings) -> ChatSession:
+        opening = self._opening
+        session = engine.chat(
+            sampling=settings.sampling, overflow=settings.overflow, kv_bits=opening.kv_bits
+        )
+        if opening.system is not None:
+            session.set_system(opening.system)
+        return session
+
+    def _encode(self, engine: Engine, picture: Attached) -> EncodedImage:
+        encoded = self._encoded.get(picture.key)
+        if encoded is None:
+            encoded = engine.encode(
+                picture.data,
+                resolution=self._form.resolution,
+                image_mode=self._form.image_mode,
+                background=self._form.background,
+                name=picture.name,
+            )
+            while len(self._encoded) >= _MOST_ENCODED:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[picture.key] = encoded
+        return encoded
+
+    def _last_images(self) -> tuple[EncodedImage, ...]:
+        """Return the last question's pictures."""
+        if not self.session.turn_count:
+            return ()
+        slots = sum(not isinstance(part, str) for part in self.session.messages[-2].content)
+        return self.session.images[len(self.session.images) - slots :]
+
+    def _tell(self, engine: Engine) -> None:
+        session = self._session
+        if session is None:
+            return
+        import mlx.core as mx
+
+        vision = engine.config.vision
+        side = self._form.resolution or vision.image_size
+        features = engine.image_features
+        facts = SessionFacts(
+            turns=session.turn_count,
+            images=len(session.images),
+            positions=session.positions,
+            max_positions=session.max_positions,
+            kv_bytes=session.kv_bytes,
+            features_bytes=features.nbytes,
+            max_features_bytes=features.max_bytes,
+            active_bytes=mx.get_active_memory(),
+            peak_bytes=mx.get_peak_memory(),
+            warm_up_ms=self._warm_up_ms,
+        )
+        self._publish(
+            Facts(
+                precision=_precision(engine),
+                system=session.system,
+                last_question=session.last_question,
+                pictures=tuple((i.name, int(i.features.shape[0])) for i in session.images),
+                positions_per_picture=vision.tokens(side, side),
+                session=facts,
+            )
+        )
+
+
+def _precision(engine: Engine) -> str:
+    """Return "4 bit" if the decoder's matrices are packed, else the dtype's name."""
+    modules = engine.pipeline.model.decoder.modules()
+    bits = next((module.bits for module in modules if hasattr(module, "bits")), None)
+    return str(engine.dtype).removeprefix("mlx.core.") if bits is None else f"{bits} bit"
+
+
+def _keep_beside(file: Path) -> None:
+    """Give a damaged file a second name, FILE.damaged, that no later save writes over."""
+    number = 1
+    kept = file.with_name(f"{file.name}.damaged")
+    while kept.exists():
+        number += 1
+        kept = file.with_name(f"{file.name}.damaged{number}")
+    try:
+        os.link(file, kept)
+    except OSError:  # a file system without links
+        shutil.copy2(file, kept)

@@ -1,0 +1,244 @@
+"""What each typed line does: the commands, and questions with pictures in them.
+
+Text in, a `Reply` out; how it is shown is the caller's. Raises FastVLMError, one line, and then
+nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastvlm_mlx.errors import PromptError, one_line
+from fastvlm_mlx.terminal import clipboard
+from fastvlm_mlx.terminal.answers import Answer
+from fastvlm_mlx.terminal.attached import Attached, attach
+from fastvlm_mlx.terminal.commands import Typed, help_lines, parse
+from fastvlm_mlx.terminal.conversation import Conversation
+from fastvlm_mlx.terminal.dropped import split_dropped
+from fastvlm_mlx.terminal.status import stats_lines, stats_rows
+
+_SHOWN_OF_A_QUESTION = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """`lines` to show, then `pictures`, then the answer to read; `offered` is typed already for
+    the next line; `leaves` ends the chat."""
+
+    lines: tuple[str, ...] = ()
+    pictures: tuple[Attached, ...] = ()
+    answer: Answer | None = None
+    offered: str = ""
+    leaves: bool = False
+
+
+def reply(chat: Conversation, line: str, *, columns: int = 80) -> Reply:
+    """Do what a line says. Raises FastVLMError."""
+    if not line.strip():
+        return Reply()
+    typed = parse(line)
+    if typed.command is None:
+        return _question(chat, typed.argument)
+    if typed.command.name == "help":
+        return Reply(lines=tuple(help_lines(columns)))
+    if typed.command.name == "stats":
+        return _stats(chat, columns)
+    return _COMMANDS[typed.command.name](chat, typed)
+
+
+def picture_line(chat: Conversation, picture: Attached) -> str:
+    """Return `[1] desk.jpg 1024x768, 256 positions`, as far as it is known yet."""
+    line = f"{picture.name} {picture.width}x{picture.height}"
+    facts = chat.facts
+    if facts is not None:
+        line += f", {facts.positions_per_picture} positions"
+    if facts is None and chat.file is not None:
+        return line  # the file's pictures come first, and are not counted yet
+    before = len(facts.pictures) if facts is not None else 0
+    return f"[{before + chat.pending.index(picture) + 1}] {line}"
+
+
+def _question(chat: Conversation, line: str) -> Reply:
+    dropped = split_dropped(line)
+    # All of them, or none: what is wrong with one is said before another is taken.
+    pictures = tuple(attach(source, chat.form) for source in dropped.sources)
+    chat.add(pictures)
+    text = dropped.text.strip() if pictures else dropped.text
+    if not text:
+        return Reply(pictures=pictures)
+    typed = f"/{text}" if text.startswith("/") else text
+    return Reply(pictures=pictures, answer=chat.ask(text, typed=typed))
+
+
+def _image(chat: Conversation, typed: Typed) -> Reply:
+    if not typed.argument:
+        data = clipboard.picture_in_clipboard()
+        if data is None:
+            raise PromptError("the clipboard holds no picture: copy one, or /image PATH")
+        pictures = [attach(data, chat.form, name="clipboard")]
+    elif Path(typed.argument).expanduser().is_file():
+        pictures = [attach(typed.argument, chat.form)]
+    else:
+        dropped = split_dropped(typed.argument)
+        sources = (*dropped.sources, *dropped.text.split())
+        pictures = [attach(source, chat.form) for source in sources]
+    chat.add(pictures)
+    return Reply(pictures=tuple(pictures))
+
+
+def _images(chat: Conversation, _typed: Typed) -> Reply:
+    facts = chat.ready()
+    lines = [
+        f"[{number}] {one_line(name)}, {positions} positions"
+        for number, (name, positions) in enumerate(facts.pictures, 1)
+    ]
+    lines += [f"{picture_line(chat, p)}, goes with the next question" for p in chat.pending]
+    return Reply(lines=tuple(lines) or ("no pictures: type or drag a path, or /image PATH",))
+
+
+def _drop(chat: Conversation, typed: Typed) -> Reply:
+    number = typed.number()
+    facts = chat.ready()
+    names = [name for name, _ in facts.pictures] + [picture.name for picture in chat.pending]
+    if number > len(names):
+        counted = f"{len(names)} picture{'s' if len(names) > 1 else ''}" if names else "no pictures"
+        raise PromptError(f"there is no picture {number}: the conversation has {counted}")
+    chat.drop(number - 1)
+    return Reply(lines=(f"dropped [{number}] {one_line(names[number - 1])}",))
+
+
+def _retry(chat: Conversation, typed: Typed) -> Reply:
+    settings = chat.settings.changed_all(typed.argument)
+    if not chat.ready().session.turns:
+        raise PromptError("nothing was asked yet: there is nothing to retry")
+    return Reply(answer=chat.ask("", kind="retry", settings=settings))
+
+
+def _undo(chat: Conversation, typed: Typed) -> Reply:
+    turns = typed.number(default=1)
+    facts = chat.ready()
+    if turns > facts.session.turns:
+        had = facts.session.turns
+        raise PromptError(
+            f"there is no turn {turns} to take back: the conversation has {had}"
+            if had
+            else "nothing was asked yet: there is nothing to take back"
+        )
+    last = facts.last_question or ""
+    chat.rewind(turns)
+    what = f"{_shortened(last)!r}" if turns == 1 else f"the last {turns} turns"
+    return Reply(lines=(f"took back {what}",))
+
+
+def _edit(chat: Conversation, typed: Typed) -> Reply:
+    last = chat.ready().last_question
+    if last is None:
+        raise PromptError("nothing was asked yet: there is nothing to edit")
+    if not typed.argument:
+        return Reply(lines=("change the question and press Enter:",), offered=f"/edit {last}")
+    dropped = split_dropped(typed.argument)
+    pictures = tuple(attach(source, chat.form) for source in dropped.sources)
+    text = dropped.text.strip()
+    if not text:
+        raise PromptError("/edit takes a question; /image adds a picture to the next one")
+    answer = chat.ask(text, kind="edit", pictures=pictures, typed=f"/edit {typed.argument}")
+    return Reply(answer=answer)
+
+
+def _system(chat: Conversation, typed: Typed) -> Reply:
+    if not typed.argument:
+        system = chat.ready().system
+        return Reply(lines=(system or "there is no system message",))
+    text = "" if typed.argument in ('""', "''") else typed.argument
+    chat.set_system(text)
+    return Reply(lines=("the system message is changed" if text else "no system message from now",))
+
+
+def _set(chat: Conversation, typed: Typed) -> Reply:
+    if not typed.argument:
+        rows = chat.settings.rows()
+        names = max(len(name) for name, _, _ in rows)
+        values = max(len(value) for _, value, _ in rows)
+        return Reply(
+            lines=tuple(
+                f"{name:<{names}}  {value:<{values}}  {meaning}" for name, value, meaning in rows
+            )
+        )
+    name, _, value = typed.argument.replace("=", " ", 1).partition(" ")
+    before = {name: value for name, value, _ in chat.settings.rows()}
+    chat.settings = chat.settings.changed(name, value)
+    lines = [f"{n} {v}" for n, v, _ in chat.settings.rows() if before[n] != v]
+    return Reply(lines=tuple(lines) or ("that is what it was",))
+
+
+def _stats(chat: Conversation, columns: int) -> Reply:
+    session = replace(chat.ready().session, load_ms=chat.load_ms)
+    rows = stats_rows(
+        session, chat.last, encoded_images=chat.last.encoded_images if chat.last else 0
+    )
+    return Reply(lines=tuple(stats_lines(rows, columns)))
+
+
+def _save(chat: Conversation, typed: Typed) -> Reply:
+    file = Path(_unquoted(typed.argument)).expanduser() if typed.argument else chat.file
+    if file is None:
+        raise PromptError("/save needs a FILE to write to")
+    chat.save(file)
+    return Reply(lines=(f"saved to {one_line(str(file))}",))
+
+
+def _load(chat: Conversation, typed: Typed) -> Reply:
+    file = Path(_unquoted(typed.argument)).expanduser()
+    if not file.is_file():
+        raise PromptError(f"{one_line(str(file))}: no such file")
+    turns = chat.ready().session.turns
+    if chat.unsaved and turns and chat.given_up != file:
+        chat.given_up = file
+        what = f"the conversation of {turns} turn{'s' if turns > 1 else ''} was not saved"
+        return Reply(
+            lines=(f"{what}: /save FILE keeps it, the same /load again gives it up",),
+            offered=f"/load {typed.argument}",
+        )
+    lines = chat.load(file)
+    turns = chat.ready().session.turns
+    return Reply(lines=(*lines, f"{turns} turn{'' if turns == 1 else 's'} loaded"))
+
+
+def _clear(chat: Conversation, _typed: Typed) -> Reply:
+    chat.clear()
+    return Reply(lines=("a new conversation",))
+
+
+def _quit(_chat: Conversation, _typed: Typed) -> Reply:
+    return Reply(leaves=True)
+
+
+_COMMANDS: dict[str, Callable[[Conversation, Typed], Reply]] = {
+    "image": _image,
+    "images": _images,
+    "drop": _drop,
+    "retry": _retry,
+    "undo": _undo,
+    "edit": _edit,
+    "system": _system,
+    "set": _set,
+    "save": _save,
+    "load": _load,
+    "clear": _clear,
+    "quit": _quit,
+}
+
+
+def _unquoted(path: str) -> str:
+    """Return a file's name without the quotes or backslashes a shell would want."""
+    for quote in "'\"":
+        if len(path) > 1 and path[0] == path[-1] == quote:
+            return path[1:-1]
+    return path.replace("\\ ", " ")
+
+
+def _shortened(text: str) -> str:
+    text = one_line(text)
+    return text if len(text) <= _SHOWN_OF_A_QUESTION else f"{text[: _SHOWN_OF_A_QUESTION - 1]}…"
