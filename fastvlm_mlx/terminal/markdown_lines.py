@@ -8,6 +8,7 @@ The only importer of rich. Knows nothing of streams and of screens.
 from __future__ import annotations
 
 import io
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -116,7 +117,7 @@ def _folded(line: Line, width: int) -> list[Line]:
 
     Terminals disagree on emoji of several characters: here each of them counts.
     """
-    if all(text.isascii() for text, _ in line):
+    if all(text.isascii() for text, _ in line) and sum(len(text) for text, _ in line) <= width:
         return [line]
     lines: list[list[Run]] = [[]]
     used = 0
@@ -135,7 +136,10 @@ def _folded(line: Line, width: int) -> list[Line]:
 
 
 def _most_cells(char: str) -> int:
-    return 1 if char == _EMOJI_STYLE else get_character_cell_size(char)
+    if char == _EMOJI_STYLE:
+        return 1
+    wide = 2 if unicodedata.east_asian_width(char) in "WF" else 0
+    return max(wide, get_character_cell_size(char))
 
 
 class _Code(rich_markdown.CodeBlock):

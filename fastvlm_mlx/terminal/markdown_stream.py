@@ -24,7 +24,7 @@ from fastvlm_mlx.terminal.safe_text import SafeText
 
 # The unfinished block is drawn again when it has grown by this part of itself: the work stays
 # linear in the text's length, however long a block is.
-_GROWTH = 128
+_GROWTH = 64
 _NARROWEST = 8
 
 

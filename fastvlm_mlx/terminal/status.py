@@ -86,19 +86,14 @@ class SessionFacts:
     warm_up_ms: float | None = None
 
 
-def stats_rows(
-    session: SessionFacts, last: Stats | None = None, *, encoded_images: int = 0
-) -> list[tuple[str, str]]:
-    """Return (name, value) rows: the last answer if there was one, the session, the process.
-
-    `encoded_images` is how many pictures the tower ran on for the last answer.
-    """
+def stats_rows(session: SessionFacts, last: Stats | None = None) -> list[tuple[str, str]]:
+    """Return (name, value) rows: the last answer if there was one, the session, the process."""
     context = f"{session.positions} of {session.max_positions}"
     kept = (
         f"{readable_bytes(session.features_bytes)} of {readable_bytes(session.max_features_bytes)}"
     )
     rows = [
-        *(_answer_rows(last, encoded_images) if last else ()),
+        *(_answer_rows(last) if last else ()),
         ("turns", str(session.turns)),
         ("pictures", str(session.images)),
         ("positions used", context),
@@ -120,11 +115,11 @@ def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
     return [_cut(f"{name:<{width}}  {value}", columns) for name, value in rows]
 
 
-def _answer_rows(last: Stats, encoded_images: int) -> list[tuple[str, str]]:
+def _answer_rows(last: Stats) -> list[tuple[str, str]]:
     rows = [
         ("last prompt", f"{_count(last.prompt_tokens, 'position')}, {last.reused_tokens} reused")
     ]
-    rows.append(("last pictures encoded", str(encoded_images)))
+    rows.append(("last pictures encoded", str(last.encoded_images)))
     if last.ttft_ms is not None:
         rows.insert(0, ("time to first token", _readable_ms(last.ttft_ms)))
     answer = _count(last.generated_tokens, "token")
