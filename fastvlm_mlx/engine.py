@@ -7,6 +7,7 @@ that loaded it, since MLX's arrays belong to that thread.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +189,24 @@ class Engine:
         """
         return ChatSession(
             self.pipeline, sampling=sampling, system=system, overflow=overflow, kv_bits=kv_bits
+        )
+
+    def resume(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        sampling: Sampling = GREEDY,
+        overflow: Overflow = "refuse",
+        kv_bits: int | None = None,
+        say: Say | None = None,
+    ) -> ChatSession:
+        """Return the conversation that `ChatSession.save` wrote to `path`.
+
+        With the same model nothing is computed again. What is damaged or has to be computed again
+        is told to `say`, by default as a warning. Raises SessionError.
+        """
+        return ChatSession.resume(
+            self.pipeline, path, sampling=sampling, overflow=overflow, kv_bits=kv_bits, say=say
         )
 
     def warm_up(self) -> float:

@@ -97,12 +97,17 @@ class KVPrefix:
         return tuple(self._held)
 
     @property
+    def group_size(self) -> int | None:
+        """Values that share a scale in a packed cache; None in one of floats."""
+        return None if self.kv_bits is None else self.layers[0].group_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the layers' buffers, the room they have grown to included."""
         return sum(array.nbytes for layer in self.layers for _, array in _arrays(layer))
 
-    def keep_common(self, positions: Sequence[Position]) -> int:
-        """Cut to the longest prefix that `positions` share, short of the last; return its length.
+    def common(self, positions: Sequence[Position]) -> int:
+        """Return the length of the longest prefix that `positions` share, short of the last.
 
         At least one position is left to prefill, for its logits, and never a part of a picture,
         which is spliced whole.
@@ -114,6 +119,11 @@ class KVPrefix:
             shared += 1
         while _inside_picture(positions[shared]):
             shared -= 1
+        return shared
+
+    def keep_common(self, positions: Sequence[Position]) -> int:
+        """Cut to the common prefix and return its length."""
+        shared = self.common(positions)
         self.hold(self._held[:shared])
         return shared
 

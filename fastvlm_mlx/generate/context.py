@@ -109,6 +109,16 @@ def fit(
     return whole
 
 
+def certain_length(processor: Processor, fitted: Fitted) -> int:
+    """Return how many positions no text of the last question can change.
+
+    They end with its last picture, or with the token that begins its message: what follows is
+    tokenized together with the text.
+    """
+    rows = (at for at, p in enumerate(fitted.positions) if isinstance(p, tuple))
+    return max(_message_starts(processor, fitted.positions)[-1], *rows, 0) + 1
+
+
 def _message_starts(processor: Processor, positions: Sequence[Position]) -> list[int]:
     """Return where each message begins, by its control token, which no typed text can hold.
 

@@ -17,6 +17,8 @@ Knows no terminal, and of files only that a session can be written to one.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import TypedDict, Unpack, get_args
@@ -24,13 +26,18 @@ from typing import TypedDict, Unpack, get_args
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.events import ChatEvent, Finished, Generation, TextDelta, TurnsDropped
 from fastvlm_mlx.generate.clock import Clock
-from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, fit, lay_out
+from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, certain_length, fit, lay_out
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
+from fastvlm_mlx.generate.resume import kv_of, to_saved, turns_of
+from fastvlm_mlx.generate.session_file import read_session, write_session
 from fastvlm_mlx.generate.warm import WarmDecoder
 from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.prompt.sources import source_name
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 from fastvlm_mlx.sampling import GREEDY, Sampling
+
+log = logging.getLogger("fastvlm_mlx")
 
 Events = Generator[ChatEvent, None, None]
 
@@ -70,6 +77,41 @@ class ChatSession:
         self._turns: tuple[Turn, ...] = (Turn(Message("system", (system,))),)
         self._warm = WarmDecoder(pipeline, kv_bits)
         self._answering = False
+
+    @classmethod
+    def resume(
+        cls,
+        pipeline: Pipeline,
+        path: str | os.PathLike[str],
+        *,
+        sampling: Sampling = GREEDY,
+        overflow: Overflow = "refuse",
+        kv_bits: int | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> ChatSession:
+        """Return the conversation that `save` wrote to `path`.
+
+        Its KV cache is taken if it is this model's; `kv_bits` None takes its packing too. `say`
+        gets a line for what is damaged and lost, and one if the KV must be computed again, which
+        the next answer does, or `prepare`. Raises SessionError for what is no session file, or of
+        a newer version.
+        """
+        tell = say or log.warning
+        saved = read_session(path)
+        for line in saved.damage:
+            tell(f"{source_name(path)}: {line}")
+        chat = cls(pipeline, sampling=sampling, overflow=overflow)
+        chat._turns = turns_of(pipeline, saved)
+        chat._warm.kv = kv_of(pipeline, saved, kv_bits, tell)
+        return chat
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write transcript, pictures' pixels and KV cache to a file: whole, or not at all.
+
+        Settings are not saved. Replaces nothing but a session file. Raises SessionError.
+        """
+        self._require_idle()
+        write_session(path, to_saved(self._pipeline, self._turns, self._warm.kv))
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -234,9 +276,9 @@ class ChatSession:
     ) -> int:
         """Prefill what is known of the next question: the turns so far and its pictures.
 
-        For the time a user takes to type. Returns how many positions were computed: none if there
-        is no picture or no room. The transcript does not change; a question with other pictures
-        is answered as if this had not been. Raises as `stream` does for a picture.
+        For the time a user takes to type. Returns how many positions were computed, 0 if the
+        conversation is full. The transcript does not change; a question with other pictures is
+        answered as if this had not been. Raises as `stream` does for a picture.
         """
         self._require_idle()
         pipeline = self._pipeline
@@ -244,11 +286,9 @@ class ChatSession:
         encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in listed(images))
         turn = Turn(user_message("", len(encoded)), encoded)
         whole = lay_out(pipeline.processor, (*self._turns, turn))
-        rows = [at for at, position in enumerate(whole.positions) if isinstance(position, tuple)]
-        if not encoded or len(whole.positions) >= self.max_positions:
+        if len(whole.positions) >= self.max_positions:
             return 0
-        # What follows the last picture is tokenized together with the question.
-        return self._warm.prepare(whole, rows[-1] + 1, cancelled)
+        return self._warm.prepare(whole, certain_length(pipeline.processor, whole), cancelled)
 
     def _require_idle(self) -> None:
         if self._answering:

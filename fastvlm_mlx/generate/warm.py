@@ -64,9 +64,10 @@ class WarmDecoder:
         `length` ends a picture or comes before all. Fewer if `cancelled` between two passes.
         """
         certain = fitted.positions[:length]
-        reused = self.kv.keep_common([*certain, fitted.positions[length]])
-        if reused == length:
+        until = fitted.positions[: length + 1]
+        if self.kv.common(until) == length:
             return 0
+        reused = self.kv.keep_common(until)
         embeddings = self._pipeline.embed(*after(fitted, reused))[:, : length - reused]
         kept = reused
         try:

@@ -319,3 +319,15 @@ def test_warming_up_leaves_nothing_behind(engine: fv.Engine) -> None:
     kept = len(engine.image_features)
     assert engine.warm_up() > 0
     assert len(engine.image_features) == kept
+
+
+def test_what_was_answered_is_prefilled_before_the_next_question_comes(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    assert chat.prepare([]) > 0
+    chat.ask("What is this?", [picture(1)], max_tokens=5)
+    chat.prepare([])
+    before = chat.positions
+    answer = chat.ask("Which colour?", max_tokens=6)
+    # The next question's own control token was prefilled too.
+    assert answer.stats.reused_tokens == before + 1
+    assert answer.token_ids == cold(engine, chat, 6).token_ids

@@ -1,0 +1,138 @@
+"""A conversation goes on from its file as if it had never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.errors import SessionError
+from fastvlm_mlx.generate.session import ChatSession
+from tests.cli.command import copy_of_demo
+
+
+def picture(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> fv.Engine:
+    return fv.load("demo")
+
+
+def talk(chat: ChatSession) -> ChatSession:
+    chat.ask("What is this?", [picture(1)], max_tokens=5)
+    chat.ask("Compare.", [picture(2), picture(1)], max_tokens=5)
+    return chat
+
+
+def other_model(folder: Path) -> fv.Engine:
+    """The demo model with one weight changed."""
+    from safetensors.numpy import load_file, save_file
+
+    copy_of_demo(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.language_model.norm.weight"][0] += np.float16(0.5)
+    save_file(weights, folder / "model.safetensors")
+    return fv.load(folder)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_resumed_conversation_computes_only_what_is_new(
+    engine: fv.Engine, tmp_path: Path, bits: int | None
+) -> None:
+    chat = talk(engine.chat(kv_bits=bits))
+    chat.save(tmp_path / "talk")
+    said: list[str] = []
+    resumed = engine.resume(tmp_path / "talk", say=said.append)
+    assert said == []
+    assert resumed.messages == chat.messages
+    assert [i.digest for i in resumed.images] == [i.digest for i in chat.images]
+    assert resumed.kv_bits == bits
+    went_on, stayed = (c.ask("Which colour?", max_tokens=8) for c in (resumed, chat))
+    assert went_on.token_ids == stayed.token_ids
+    assert went_on.stats.reused_tokens == stayed.stats.reused_tokens > 60
+
+
+def test_pictures_of_a_resumed_conversation_are_encoded_only_if_they_must_be(
+    tmp_path: Path,
+) -> None:
+    talk(fv.load("demo").chat()).save(tmp_path / "talk")
+    fresh = fv.load("demo")
+    resumed = fresh.resume(tmp_path / "talk")
+    resumed.ask("Which colour?", max_tokens=4)
+    assert all(not _is_computed(image.features) for image in resumed.images)
+    resumed.drop_image(0)
+    resumed.ask("Where?", max_tokens=4)
+    assert all(_is_computed(image.features) for image in resumed.images)
+
+
+def _is_computed(array: mx.array) -> bool:
+    """Whether the array has its values: an evaluated one has no graph behind it."""
+    import io
+
+    text = io.StringIO()
+    mx.export_to_dot(text, array)
+    return "->" not in text.getvalue()
+
+
+def test_another_models_kv_is_computed_again_and_said(engine: fv.Engine, tmp_path: Path) -> None:
+    """KV of one model under another answers fluently, and wrong."""
+    talk(engine.chat()).save(tmp_path / "talk")
+    other = other_model(tmp_path / "other")
+    said: list[str] = []
+    resumed = other.resume(tmp_path / "talk", say=said.append)
+    assert len(said) == 1
+    assert "saved with another model (demo): its KV is computed again" in said[0]
+    assert resumed.turn_count == 2
+    answer = resumed.ask("Which colour?", max_tokens=8)
+    assert answer.stats.reused_tokens == 0
+    same = other.chat()
+    same._turns = resumed._turns[:-2]
+    assert answer.token_ids == same.ask("Which colour?", max_tokens=8).token_ids
+
+
+def test_other_bits_are_packed_again_and_said(engine: fv.Engine, tmp_path: Path) -> None:
+    talk(engine.chat()).save(tmp_path / "talk")
+    said: list[str] = []
+    resumed = engine.resume(tmp_path / "talk", kv_bits=8, say=said.append)
+    assert said == ["the saved KV cache has floats, not 8 bits: it is computed again"]
+    assert resumed.ask("Which colour?", max_tokens=4).stats.reused_tokens == 0
+
+
+def test_a_lost_picture_leaves_its_question_and_is_said(engine: fv.Engine, tmp_path: Path) -> None:
+    chat = talk(engine.chat())
+    path = tmp_path / "talk"
+    chat.save(path)
+    data = bytearray(path.read_bytes())
+    pixels = chat.images[1].pixels
+    assert pixels is not None
+    data[data.index(pixels.tobytes())] ^= 1
+    path.write_bytes(data)
+    said: list[str] = []
+    resumed = engine.resume(path, say=said.append)
+    assert len(said) == 1
+    assert "picture 2 (array [96, 128, 3] uint8) is damaged and lost" in said[0]
+    assert [i.digest for i in resumed.images] == [chat.images[0].digest] * 2
+    assert resumed.last_question == "Compare."
+    resumed.ask("Which colour?", max_tokens=4)
+
+
+def test_a_session_is_never_half_saved(engine: fv.Engine, tmp_path: Path) -> None:
+    chat = talk(engine.chat())
+    chat.save(tmp_path / "talk")
+    before = (tmp_path / "talk").read_bytes()
+    bare = fv.EncodedImage(engine.encode(picture(3)).features, "features only")
+    chat.ask("And this?", [bare], max_tokens=4)
+    with pytest.raises(SessionError, match="picture 4 was given as features"):
+        chat.save(tmp_path / "talk")
+    assert (tmp_path / "talk").read_bytes() == before
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8 no session")
+    chat.rewind()
+    with pytest.raises(SessionError):
+        chat.save(tmp_path / "photo.jpg")
+    assert (tmp_path / "photo.jpg").read_bytes() == b"\xff\xd8 no session"
