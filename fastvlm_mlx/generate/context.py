@@ -11,9 +11,10 @@ from typing import Literal
 
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.generate.cache import Position
+from fastvlm_mlx.generate.transcript import Turn
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.processor import ImageSlot, Processor, Prompt, Segment, TextIds
-from fastvlm_mlx.prompt.template import IM_START, ImageMark, Message
+from fastvlm_mlx.prompt.template import IM_START
 
 Overflow = Literal["refuse", "drop"]
 
@@ -21,33 +22,6 @@ Overflow = Literal["refuse", "drop"]
 # dropping a quarter at once makes the prefill of all the rest rare.
 _ANSWER_SHARE = 1 / 4
 _USED_AFTER_DROP = 3 / 4
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message and the pictures in its slots."""
-
-    message: Message
-    images: tuple[EncodedImage, ...] = ()
-
-    def without_image(self, index: int) -> Turn:
-        """Return the turn without its picture `index` and the line's end that follows its slot."""
-        slot = [i for i, part in enumerate(self.message.content) if isinstance(part, ImageMark)]
-        after = slot[index] + 1
-        rest = self.message.content[after:]
-        if rest and rest[0] == "\n":
-            rest = rest[1:]
-        content = (*self.message.content[: slot[index]], *rest)
-        images = (*self.images[:index], *self.images[index + 1 :])
-        return Turn(replace(self.message, content=content), images)
-
-    @property
-    def text(self) -> str:
-        """The message's text, without pictures and the line's end after each."""
-        turn = self
-        while turn.images:
-            turn = turn.without_image(0)
-        return "".join(part for part in turn.message.content if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)

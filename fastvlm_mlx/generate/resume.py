@@ -7,16 +7,16 @@ answer; what is lost is said. Knows no bytes of the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 
 from fastvlm_mlx.errors import SessionError
 from fastvlm_mlx.generate.cache import KVPrefix
-from fastvlm_mlx.generate.context import Turn
 from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.generate.saved_kv import SavedKV
 from fastvlm_mlx.generate.session_file import SavedImage, SavedSession
+from fastvlm_mlx.generate.transcript import Transcript, Turn
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.template import ImageMark, Message
 
@@ -24,20 +24,19 @@ from fastvlm_mlx.prompt.template import ImageMark, Message
 _LOST = EncodedImage(mx.zeros((0, 0)), "")
 
 
-def to_saved(pipeline: Pipeline, turns: Sequence[Turn], kv: KVPrefix) -> SavedSession:
+def to_saved(pipeline: Pipeline, transcript: Transcript, kv: KVPrefix) -> SavedSession:
     """Return what is to be written of a conversation.
 
     Raises SessionError for a picture that was given as features, without its pixels.
     """
-    images = [image for turn in turns for image in turn.images]
-    for number, image in enumerate(images, start=1):
+    for number, image in enumerate(transcript.images, start=1):
         if image.pixels is None:
             raise SessionError(
                 f"picture {number} was given as features, without pixels: it can't be saved"
             )
     return SavedSession(
-        messages=tuple(turn.message for turn in turns),
-        images=tuple(SavedImage(image.digest, image.name, image.pixels) for image in images),
+        messages=transcript.messages,
+        images=tuple(SavedImage(i.digest, i.name, i.pixels) for i in transcript.images),
         model=pipeline.name,
         kv=SavedKV(
             fingerprint=pipeline.fingerprint,
@@ -49,13 +48,13 @@ def to_saved(pipeline: Pipeline, turns: Sequence[Turn], kv: KVPrefix) -> SavedSe
     )
 
 
-def turns_of(pipeline: Pipeline, saved: SavedSession) -> tuple[Turn, ...]:
-    """Return the turns of a saved conversation, without the pictures that were lost.
+def transcript_of(pipeline: Pipeline, saved: SavedSession) -> Transcript:
+    """Return the transcript of a saved conversation, without the pictures that were lost.
 
     Raises ConfigError for a picture of a size that is not on this model's grid.
     """
     images = iter(saved.images)
-    return tuple(_turn(pipeline, message, images) for message in saved.messages)
+    return Transcript(tuple(_turn(pipeline, message, images) for message in saved.messages))
 
 
 def _turn(pipeline: Pipeline, message: Message, images: Iterator[SavedImage]) -> Turn:

@@ -26,11 +26,12 @@ from typing import TypedDict, Unpack, get_args
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.events import ChatEvent, Finished, Generation, TextDelta, TurnsDropped
 from fastvlm_mlx.generate.clock import Clock
-from fastvlm_mlx.generate.context import Fitted, Overflow, Turn, certain_length, fit, lay_out
+from fastvlm_mlx.generate.context import Fitted, Overflow, certain_length, fit, lay_out
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
-from fastvlm_mlx.generate.resume import kv_of, to_saved, turns_of
+from fastvlm_mlx.generate.resume import kv_of, to_saved, transcript_of
 from fastvlm_mlx.generate.session_file import read_session, write_session
+from fastvlm_mlx.generate.transcript import Transcript, Turn
 from fastvlm_mlx.generate.warm import WarmDecoder
 from fastvlm_mlx.model.fastvlm import EncodedImage
 from fastvlm_mlx.prompt.sources import source_name
@@ -74,7 +75,7 @@ class ChatSession:
         self.sampling = sampling
         self.overflow: Overflow = overflow
         self._pipeline = pipeline
-        self._turns: tuple[Turn, ...] = (Turn(Message("system", (system,))),)
+        self._transcript = Transcript.begin(system)
         self._warm = WarmDecoder(pipeline, kv_bits)
         self._answering = False
 
@@ -101,7 +102,7 @@ class ChatSession:
         for line in saved.damage:
             tell(f"{source_name(path)}: {line}")
         chat = cls(pipeline, sampling=sampling, overflow=overflow)
-        chat._turns = turns_of(pipeline, saved)
+        chat._transcript = transcript_of(pipeline, saved)
         chat._warm.kv = kv_of(pipeline, saved, kv_bits, tell)
         return chat
 
@@ -111,37 +112,38 @@ class ChatSession:
         Settings are not saved. Replaces nothing but a session file. Raises SessionError.
         """
         self._require_idle()
-        write_session(path, to_saved(self._pipeline, self._turns, self._warm.kv))
+        write_session(path, to_saved(self._pipeline, self._transcript, self._warm.kv))
 
     @property
     def messages(self) -> tuple[Message, ...]:
         """The transcript: the system message, then whole turns of question and answer."""
-        return tuple(turn.message for turn in self._turns)
+        return self._transcript.messages
 
     @property
     def images(self) -> tuple[EncodedImage, ...]:
         """All pictures in the transcript, in order."""
-        return tuple(image for turn in self._turns for image in turn.images)
+        return self._transcript.images
 
     @property
     def turn_count(self) -> int:
         """How many questions have been answered."""
-        return len(self._turns) // 2
+        return self._transcript.pairs
 
     @property
     def last_question(self) -> str | None:
         """The text of the latest question answered; None if there is none."""
-        return self._turns[-2].text if self.turn_count else None
+        return self._transcript.last_question.text if self.turn_count else None
 
     @property
     def system(self) -> str:
         """The system message's text; empty if it is left out."""
-        return self._turns[0].text
+        return self._transcript.turns[0].text
 
     @property
     def positions(self) -> int:
         """Embedding positions the transcript takes up in the context."""
-        whole = lay_out(self._pipeline.processor, self._turns, generation_prompt=False)
+        turns = self._transcript.turns
+        whole = lay_out(self._pipeline.processor, turns, generation_prompt=False)
         return len(whole.positions)
 
     @property
@@ -162,7 +164,7 @@ class ChatSession:
     def set_system(self, text: str) -> None:
         """Replace the system message; every turn is read again after it."""
         self._require_idle()
-        self._turns = (Turn(Message("system", (text,))), *self._turns[1:])
+        self._transcript = self._transcript.with_system(text)
 
     def rewind(self, turns: int = 1) -> None:
         """Forget the last questions and their answers; what stays is not computed again.
@@ -170,11 +172,7 @@ class ChatSession:
         Raises PromptError if there are fewer.
         """
         self._require_idle()
-        if not 0 <= turns <= self.turn_count:
-            raise PromptError(
-                f"cannot go back {turns} turns: the conversation has {self.turn_count}"
-            )
-        self._turns = self._turns[: len(self._turns) - 2 * turns]
+        self._transcript = self._transcript.without_last(turns)
 
     def drop_image(self, index: int) -> None:
         """Take picture `index` of `images` out of the question it was given with.
@@ -182,16 +180,7 @@ class ChatSession:
         What comes before it stays computed. Raises PromptError if there is no such picture.
         """
         self._require_idle()
-        if not 0 <= index < len(self.images):
-            raise PromptError(
-                f"there is no picture {index}: the conversation has {len(self.images)}"
-            )
-        for place, turn in enumerate(self._turns):
-            if index < len(turn.images):
-                changed = turn.without_image(index)
-                self._turns = (*self._turns[:place], changed, *self._turns[place + 1 :])
-                return
-            index -= len(turn.images)
+        self._transcript = self._transcript.without_image(index)
 
     def fork(self) -> ChatSession:
         """Return a second conversation with this one's past; from now on each goes its own way.
@@ -200,7 +189,7 @@ class ChatSession:
         """
         self._require_idle()
         twin = ChatSession(self._pipeline, sampling=self.sampling, overflow=self.overflow)
-        twin._turns, twin._warm = self._turns, self._warm.fork()
+        twin._transcript, twin._warm = self._transcript, self._warm.fork()
         return twin
 
     def ask(
@@ -285,7 +274,7 @@ class ChatSession:
         clock = pipeline.start_clock(profile=False)
         encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in listed(images))
         turn = Turn(user_message("", len(encoded)), encoded)
-        whole = lay_out(pipeline.processor, (*self._turns, turn))
+        whole = lay_out(pipeline.processor, (*self._transcript.turns, turn))
         if len(whole.positions) >= self.max_positions:
             return 0
         return self._warm.prepare(whole, certain_length(pipeline.processor, whole), cancelled)
@@ -293,11 +282,6 @@ class ChatSession:
     def _require_idle(self) -> None:
         if self._answering:
             raise PromptError("this conversation's last answer is still being read: close it first")
-
-    def _last_question(self) -> Turn:
-        if not self.turn_count:
-            raise PromptError("nothing was asked yet")
-        return self._turns[-2]
 
     def _answer(
         self,
@@ -318,8 +302,8 @@ class ChatSession:
         they are None.
         """
         self._require_idle()
-        last = self._last_question() if replace else None
-        past = self._turns[:-2] if replace else self._turns
+        last = self._transcript.last_question if replace else None
+        past = self._transcript.without_last(1 if replace else 0).turns
         options = AnswerOptions(
             sampling=sampling or self.sampling,
             max_tokens=max_tokens,
@@ -362,7 +346,7 @@ class ChatSession:
         yield finished
 
     def _commit(self, fitted: Fitted, answer: str) -> None:
-        self._turns = (*fitted.turns, Turn(Message("assistant", (answer,))))
+        self._transcript = Transcript((*fitted.turns, Turn(Message("assistant", (answer,)))))
 
     def _encoded(
         self, pictures: Sequence[Picture], options: AnswerOptions, clock: Clock

@@ -30,9 +30,9 @@ def cold(engine: fv.Engine, chat: ChatSession, max_tokens: int, **options: objec
     fresh = engine.chat(**options)
     before = chat.fork()
     before.rewind()
-    fresh._turns = before._turns
-    question, images = chat._turns[-2].text, chat._turns[-2].images
-    return fresh.ask(question, images, max_tokens=max_tokens)
+    fresh._transcript = before._transcript
+    asked = chat._transcript.last_question
+    return fresh.ask(asked.text, asked.images, max_tokens=max_tokens)
 
 
 def cancel_after(count: int) -> Callable[[], bool]:
