@@ -60,7 +60,8 @@ class ChatSession:
     `sampling` and `overflow` may be set between answers. `overflow` says what happens when the
     conversation outgrows the model's context: "refuse" raises PromptError, "drop" forgets the
     oldest questions with their answers and pictures, and says so with TurnsDropped. `kv_bits` 8 or
-    4 packs the KV cache (mlx-lm's affine form): less memory, answers that may differ.
+    4 packs the KV cache (mlx-lm's affine form): less memory, answers that may differ. `damage` has
+    a line for each thing that the file it was resumed from had lost.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class ChatSession:
     ) -> None:
         self.sampling = sampling
         self.overflow: Overflow = overflow
+        self.damage: tuple[str, ...] = ()
         self._pipeline = pipeline
         self._transcript = Transcript.begin(system)
         self._warm = WarmDecoder(pipeline, kv_bits)
@@ -102,6 +104,7 @@ class ChatSession:
         for line in saved.damage:
             tell(f"{source_name(path)}: {line}")
         chat = cls(pipeline, sampling=sampling, overflow=overflow)
+        chat.damage = saved.damage
         chat._transcript = transcript_of(pipeline, saved)
         chat._warm.kv = kv_of(pipeline, saved, kv_bits, tell)
         return chat
