@@ -76,6 +76,7 @@ class Conversation:
         self._notes: SimpleQueue[str] = SimpleQueue()
         self._bug: BaseException | None = None
         self._answer: Answer | None = None
+        self._left = False
         self._preparing: Hold | None = None
         self._saving: Future[None] | None = None
         self._save_error = ""
@@ -86,6 +87,7 @@ class Conversation:
         self.opened = model.call(lambda engine: self._live.open(engine, settings))
         self.opened.add_done_callback(self._hear_opened)
         self._watch(model.call(self._live.warm_up))
+        self._prepare()
 
     # ---- what the model's thread tells
 
@@ -197,9 +199,8 @@ class Conversation:
             settings=settings or self.settings,
             typed=typed,
         )
-        if self._preparing is not None:
-            self._preparing.stop()
-            self._preparing = None
+        if kind != "ask":  # what is prefilled for a new question is that question's beginning
+            self._stop_preparing()
         hold = Hold()
         events = self._model.stream(lambda engine: self._live.answer(engine, request, hold))
         self._answer = Answer(request, events, hold)
@@ -214,7 +215,7 @@ class Conversation:
             asked = {picture.key for picture in answer.request.pictures}
             self.pending = [picture for picture in self.pending if picture.key not in asked]
             self._hear_change()
-        elif self.pending:
+        if self.pending:
             self._prepare()
 
     def rewind(self, turns: int) -> None:
@@ -249,8 +250,7 @@ class Conversation:
         self.ready()
         lines = self._do(lambda engine: self._live.load(engine, file, self.settings))
         self.file, self.unsaved, self.last = file, False, None
-        if self.pending:
-            self._prepare()
+        self._prepare()
         return lines
 
     def leave(self) -> bool:
@@ -260,11 +260,13 @@ class Conversation:
         answer under way is stopped, and kept as far as it was to be seen. A save that is under
         way is waited for, unless KeyboardInterrupt comes.
         """
-        if self._preparing is not None:
-            self._preparing.stop()
+        if self._left:
+            return self._model.close(timeout_s=_LEAVING_S)
+        self._left = True
+        self._stop_preparing()
         if self._answer is not None:
             self._answer.leave()
-            self.unsaved = True
+            self._answer, self.unsaved = None, True
         if not self._model.loaded.done():
             return self._model.close(timeout_s=0)
         saving = self._saving
@@ -280,12 +282,13 @@ class Conversation:
     @property
     def ended(self) -> bool:
         """Whether the model's thread has ended."""
-        return self._model.close(timeout_s=0)
+        return self._model.ended
 
     def _change(self, work: Callable[[Engine], None]) -> None:
         self.ready()
         self._do(work)
         self._hear_change()
+        self._prepare()
 
     def _do(self, work: Callable[[Engine], T]) -> T:
         """Have work done and wait for it; work that is not waited for any more is not begun."""
@@ -301,8 +304,6 @@ class Conversation:
         self.unsaved, self.given_up = True, None
         if self._autosaves:
             self._save_later()
-        if self.pending:
-            self._prepare()
 
     def _save_later(self) -> None:
         file = self.file
@@ -323,12 +324,15 @@ class Conversation:
             self.say(f"the conversation was not saved: {error}")
 
     def _prepare(self) -> None:
-        """Have the pictures that wait prefilled, as long as nothing else is to do."""
-        if self._preparing is not None:
-            self._preparing.stop()
+        """Have the turns so far and the pictures that wait prefilled, until there is a question."""
+        self._stop_preparing()
         hold, pictures = Hold(), tuple(self.pending)
         self._preparing = hold
         self._watch(self._model.call(lambda engine: self._live.prepare(engine, pictures, hold)))
+
+    def _stop_preparing(self) -> None:
+        if self._preparing is not None:
+            self._preparing.stop()
 
     def _watch(self, future: Future[Any]) -> None:
         """Hear of a bug in work that nobody waits for.

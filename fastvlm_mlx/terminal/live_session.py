@@ -105,7 +105,7 @@ class LiveSession:
             kv_bits=self._opening.kv_bits,
             say=lines.append,
         )
-        self._damaged = file if lines else None
+        self._damaged = file if self._session.damage else None
         self._tell(engine)
         return lines
 

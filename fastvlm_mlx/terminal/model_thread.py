@@ -67,6 +67,11 @@ class ModelThread:
             self._closed = True
             self._work.put(None)
         self._thread.join(timeout_s)
+        return self.ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread is no more."""
         return not self._thread.is_alive()
 
     def _put(self, work: _Work) -> None:

@@ -40,6 +40,8 @@ def reply(chat: Conversation, line: str, *, columns: int = 80) -> Reply:
         return Reply()
     typed = parse(line)
     if typed.command is None:
+        if line.startswith("//"):  # said to be text, a file's path or not
+            return Reply(answer=chat.ask(typed.argument, typed=line))
         return _question(chat, typed.argument)
     if typed.command.name == "help":
         return Reply(lines=tuple(help_lines(columns)))
@@ -175,10 +177,7 @@ def _set(chat: Conversation, typed: Typed) -> Reply:
 
 def _stats(chat: Conversation, columns: int) -> Reply:
     session = replace(chat.ready().session, load_ms=chat.load_ms)
-    rows = stats_rows(
-        session, chat.last, encoded_images=chat.last.encoded_images if chat.last else 0
-    )
-    return Reply(lines=tuple(stats_lines(rows, columns)))
+    return Reply(lines=tuple(stats_lines(stats_rows(session, chat.last), columns)))
 
 
 def _save(chat: Conversation, typed: Typed) -> Reply:

@@ -1,0 +1,470 @@
+"""A chat without a terminal: what each line does, and what becomes of what was not answered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import fastvlm_mlx as fv
+from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError, SessionError
+from fastvlm_mlx.events import Finished, TextDelta, TurnsDropped
+from fastvlm_mlx.terminal.answers import Answer
+from fastvlm_mlx.terminal.attached import PictureForm
+from fastvlm_mlx.terminal.conversation import Conversation
+from fastvlm_mlx.terminal.live_session import Opening
+from fastvlm_mlx.terminal.replies import Reply, picture_line, reply
+from fastvlm_mlx.terminal.settings import Settings
+
+PICTURES = Path(__file__).parents[2] / "examples" / "images"
+CIRCLE = PICTURES / "red_circle.png"
+CROSSES = PICTURES / "three_crosses_and_a_star.png"
+WAIT_S = 60
+
+Open = Callable[..., Conversation]
+
+
+@pytest.fixture
+def open_chat() -> Iterator[Open]:
+    chats: list[Conversation] = []
+
+    def make(
+        *,
+        load: Callable[..., fv.Engine] | None = None,
+        settings: Settings | None = None,
+        form: PictureForm | None = None,
+        **opening: object,
+    ) -> Conversation:
+        chat = Conversation(
+            load or (lambda say, progress: fv.load("demo", say=say, progress=progress)),
+            name="demo",
+            settings=settings or Settings(),
+            form=form or PictureForm(),
+            opening=Opening(**opening),  # type: ignore[arg-type]
+        )
+        chats.append(chat)
+        return chat
+
+    yield make
+    for chat in chats:
+        chat.leave()
+        assert chat._model.close(timeout_s=WAIT_S)
+
+
+@pytest.fixture
+def chat(open_chat: Open) -> Conversation:
+    return open_chat()
+
+
+def read(chat: Conversation, answer: Answer | None) -> str:
+    """Read an answer to its end, as a user would."""
+    assert answer is not None
+    text = "".join(event.text for event in answer if isinstance(event, TextDelta))
+    chat.settle(answer)
+    return text
+
+
+def say(chat: Conversation, line: str) -> str:
+    return read(chat, reply(chat, line).answer)
+
+
+def busy(chat: Conversation) -> threading.Event:
+    """Keep the model's thread busy until the event is set."""
+    release = threading.Event()
+    chat._model.call(lambda _: release.wait(WAIT_S))
+    return release
+
+
+# ---- questions and pictures
+
+
+def test_it_answers_as_the_engine_does(chat: Conversation) -> None:
+    engine = fv.load("demo")
+    wanted = engine.generate("What is this?", images=[CIRCLE]).text
+    assert say(chat, f"{CIRCLE} What is this?") == wanted
+    follow = engine.chat()
+    follow.ask("What is this?", [CIRCLE])
+    assert say(chat, "And the colour?") == follow.ask("And the colour?").text
+
+
+def test_pictures_wait_for_the_next_question_and_go_with_it_once(chat: Conversation) -> None:
+    said = reply(chat, f"{CIRCLE}")
+    assert said.answer is None and len(said.pictures) == 1
+    chat.ready()
+    assert picture_line(chat, said.pictures[0]) == "[1] red_circle.png 256x256, 16 positions"
+    assert chat.status.pending_images == 1
+    say(chat, "What is this?")
+    assert chat.pending == []
+    assert reply(chat, "/images").lines == ("[1] red_circle.png, 16 positions",)
+
+
+def test_a_waiting_picture_is_encoded_and_prefilled_before_the_question(chat: Conversation) -> None:
+    reply(chat, f"{CIRCLE}")
+    say(chat, "What is this?")
+    assert chat.last is not None
+    assert chat.last.encoded_images == 0
+    assert chat.last.reused_tokens > 16
+
+
+@pytest.mark.parametrize("line", ["{} ./missing.png What?", "./missing.png {}", "/image {} x.png"])
+def test_of_several_pictures_one_bad_one_leaves_all_out_and_asks_nothing(
+    chat: Conversation, line: str
+) -> None:
+    with pytest.raises(ImageError, match="no such file"):
+        reply(chat, line.format(CIRCLE))
+    assert chat.pending == []
+    assert chat.ready().session.turns == 0
+
+
+def test_a_picture_that_is_none_is_refused_while_the_model_loads(open_chat: Open) -> None:
+    release = threading.Event()
+
+    def load(**_: object) -> fv.Engine:
+        release.wait(WAIT_S)
+        return fv.load("demo")
+
+    chat = open_chat(load=lambda say, progress: load())
+    with pytest.raises(ImageError, match="is not a picture"):
+        reply(chat, f"/image {__file__}")
+    assert chat.status.loading is not None
+    release.set()
+
+
+def test_a_path_with_spaces_needs_no_quotes_after_image(chat: Conversation, tmp_path: Path) -> None:
+    path = tmp_path / "mein Bild über alles.png"
+    path.write_bytes(CIRCLE.read_bytes())
+    assert [p.name for p in reply(chat, f"/image {path}").pictures] == [path.name]
+
+
+def test_pictures_of_another_size_are_looked_at_as_asked(open_chat: Open) -> None:
+    chat = open_chat(form=PictureForm(resolution=128))
+    reply(chat, f"{CIRCLE}")
+    assert chat.ready().positions_per_picture == 4
+    say(chat, "What is this?")
+    assert chat.ready().pictures == (("red_circle.png", 4),)
+
+
+def test_a_question_that_starts_with_a_slash_is_offered_so_that_it_stays_one(
+    chat: Conversation,
+) -> None:
+    answer = reply(chat, "//etc/hosts is what?").answer
+    assert answer is not None
+    assert answer.request.text == "/etc/hosts is what?"
+    assert answer.request.typed == "//etc/hosts is what?"
+    read(chat, answer)
+
+
+# ---- stopping
+
+
+def test_a_question_stopped_before_its_turn_leaves_no_trace(chat: Conversation) -> None:
+    reply(chat, f"{CIRCLE}")
+    release = busy(chat)
+    answer = reply(chat, "What is this?").answer
+    assert answer is not None
+    assert answer.stop()
+    chat.settle(answer)
+    release.set()
+    assert answer.request.typed == "What is this?"
+    assert not answer.kept
+    assert chat.ready().session.turns == 0
+    assert len(chat.pending) == 1
+    assert (
+        say(chat, "What is this?")
+        == fv.load("demo").generate("What is this?", images=[CIRCLE]).text
+    )
+
+
+def test_an_answer_stopped_after_it_was_seen_is_kept_as_far_as_it_came(chat: Conversation) -> None:
+    answer = reply(chat, f"{CROSSES} What is this?").answer
+    assert answer is not None
+    events = iter(answer)
+    seen = [next(events)]
+    answer.wake()
+    with pytest.raises(KeyboardInterrupt):
+        next(events)
+    assert not answer.stop()
+    seen += list(events)
+    chat.settle(answer)
+    assert isinstance(seen[-1], Finished)
+    assert answer.kept
+    assert chat.ready().session.turns == 1
+
+
+@pytest.mark.parametrize("line", ["/retry", "/edit What shape?"])
+def test_a_retry_stopped_before_its_first_token_keeps_the_old_turn(
+    chat: Conversation, line: str
+) -> None:
+    """Kept or forgotten is decided under one lock: the model may have a token that nobody saw."""
+    said = say(chat, f"{CIRCLE} What is this?")
+    release = busy(chat)
+    answer = reply(chat, line).answer
+    assert answer is not None and answer.stop()
+    release.set()
+    chat.settle(answer)
+    assert chat.ready().last_question == "What is this?"
+    assert chat.ready().session.turns == 1
+    assert say(chat, "/retry") == said
+
+
+def test_forgetting_and_the_first_token_at_once_never_disagree(chat: Conversation) -> None:
+    """The reader's stop and the model's first token race; the transcript must be as was said."""
+    turns = 0
+    for _ in range(30):
+        answer = chat.ask("What is this?", typed="What is this?")
+        forgotten = answer.stop()
+        for _event in () if forgotten else answer:
+            pass
+        chat.settle(answer)
+        turns += answer.kept
+        assert chat._model.call(lambda _: chat._live.session.turn_count).result(WAIT_S) == turns
+
+
+def test_an_error_keeps_pictures_and_question(chat: Conversation) -> None:
+    reply(chat, f"{CIRCLE}")
+    answer = reply(chat, "word " * 2000).answer
+    with pytest.raises(PromptError, match="the model has 1024"):
+        read(chat, answer)
+    chat.settle(answer)  # type: ignore[arg-type]
+    assert len(chat.pending) == 1
+    assert chat.ready().session.turns == 0
+
+
+def test_dropped_turns_are_told_before_the_answer(open_chat: Open) -> None:
+    chat = open_chat(settings=Settings(overflow="drop", max_tokens=2))
+    for _ in range(3):
+        say(chat, "word " * 150)
+    answer = reply(chat, "word " * 300).answer
+    assert answer is not None
+    events = list(answer)
+    chat.settle(answer)
+    assert isinstance(events[0], TurnsDropped)
+    assert events[0].turns >= 1
+
+
+# ---- commands
+
+
+def test_undo_takes_turns_back(chat: Conversation) -> None:
+    for question in ("one", "two", "three"):
+        say(chat, question)
+    assert reply(chat, "/undo").lines == ("took back 'three'",)
+    reply(chat, "/undo 2")
+    assert chat.ready().session.turns == 0
+    with pytest.raises(PromptError, match="nothing was asked yet"):
+        reply(chat, "/undo")
+
+
+def test_edit_offers_the_question_and_asks_another_with_its_pictures(chat: Conversation) -> None:
+    say(chat, f"{CIRCLE} What is this?")
+    assert reply(chat, "/edit").offered == "/edit What is this?"
+    edited = say(chat, "/edit What colour is it?")
+    assert edited == fv.load("demo").generate("What colour is it?", images=[CIRCLE]).text
+    assert chat.ready().session.turns == 1
+    assert chat.ready().last_question == "What colour is it?"
+
+
+def test_edit_with_a_picture_adds_it_to_the_question(chat: Conversation) -> None:
+    say(chat, f"{CIRCLE} What is this?")
+    say(chat, f"/edit {CROSSES} What are these?")
+    assert [name for name, _ in chat.ready().pictures] == [CIRCLE.name, CROSSES.name]
+
+
+def test_retry_with_other_settings_leaves_the_chats_own(chat: Conversation) -> None:
+    say(chat, "What is this?")
+    answer = reply(chat, "/retry temperature=0.9 max_tokens=1").answer
+    read(chat, answer)
+    assert answer is not None and answer.finished is not None
+    assert answer.finished.stats.generated_tokens == 1
+    assert chat.settings == Settings()
+
+
+def test_drop_counts_as_images_lists(chat: Conversation) -> None:
+    say(chat, f"{CIRCLE} {CROSSES} What are these?")
+    reply(chat, f"{PICTURES / 'number_42.png'}")
+    assert [line[:3] for line in reply(chat, "/images").lines] == ["[1]", "[2]", "[3]"]
+    assert reply(chat, "/drop 3").lines == ("dropped [3] number_42.png",)
+    assert chat.pending == []
+    reply(chat, "/drop 1")
+    assert [name for name, _ in chat.ready().pictures] == [CROSSES.name]
+    with pytest.raises(PromptError, match=r"no picture 2: the conversation has 1 picture$"):
+        reply(chat, "/drop 2")
+
+
+def test_system_is_shown_set_and_left_out(chat: Conversation) -> None:
+    assert reply(chat, "/system").lines == ("You are a helpful assistant.",)
+    reply(chat, "/system Answer in one word.")
+    assert reply(chat, "/system").lines == ("Answer in one word.",)
+    reply(chat, '/system ""')
+    assert chat.ready().system == ""
+
+
+def test_clear_keeps_system_settings_and_features(chat: Conversation) -> None:
+    reply(chat, "/system Short.")
+    reply(chat, "/set max_tokens 7")
+    say(chat, f"{CIRCLE} What is this?")
+    reply(chat, "/clear")
+    assert chat.ready().session.turns == 0 and chat.ready().pictures == ()
+    assert chat.ready().system == "Short." and chat.settings.max_tokens == 7
+    say(chat, f"{CIRCLE} What is this?")
+    assert chat.last is not None and chat.last.encoded_images == 0
+
+
+def test_set_shows_and_changes(chat: Conversation) -> None:
+    assert any(line.startswith("temperature") for line in reply(chat, "/set").lines)
+    assert reply(chat, "/set temperature 0.5").lines == ("temperature 0.5",)
+    assert reply(chat, "/set top_p=0.9").lines == ("top_p 0.9",)
+    with pytest.raises(FastVLMError, match="max_tokens"):
+        reply(chat, "/set max_tokens 0")
+    assert chat.settings.max_tokens == 256
+
+
+def test_stats_and_help_have_lines(chat: Conversation) -> None:
+    say(chat, "What is this?")
+    assert any("positions used" in line for line in reply(chat, "/stats").lines)
+    assert all(len(line) <= 40 for line in reply(chat, "/help", columns=40).lines)
+    assert reply(chat, "/quit").leaves
+    assert reply(chat, "  ") == Reply()
+
+
+# ---- files
+
+
+def test_a_session_is_kept_after_every_turn_and_gone_on_with(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "trip.chat"
+    first = open_chat(file=file)
+    said = say(first, f"{CIRCLE} What is this?")
+    assert first.leave()
+    assert not first.unsaved
+    second = open_chat(file=file)
+    assert second.ready().session.turns == 1
+    assert second.take_notes() == []
+    assert say(second, "/retry") == said
+    assert second.leave()
+
+
+def test_an_answer_under_way_is_saved_as_far_as_it_was_seen(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "trip.chat"
+    chat = open_chat(file=file)
+    answer = reply(chat, f"{CROSSES} What is this?").answer
+    assert answer is not None
+    next(answer)
+    chat.leave()
+    assert chat._model.close(timeout_s=WAIT_S)
+    assert open_chat(file=file).ready().session.turns == 1
+
+
+def test_a_save_that_fails_is_said_once_and_the_chat_goes_on(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "folder" / "trip.chat"
+    chat = open_chat(file=file)
+    for _ in range(3):
+        say(chat, "What is this?")
+    assert chat._saving is not None and chat._saving.exception(WAIT_S) is not None
+    notes = [note for note in chat.take_notes() if "not saved" in note]
+    assert len(notes) == 1
+    assert chat.unsaved
+    file.parent.mkdir()
+    say(chat, "And now?")
+    chat._saving.result(WAIT_S)
+    assert not chat.unsaved
+
+
+def test_a_file_that_is_no_session_is_refused_and_left_alone(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("my notes")
+    chat = open_chat(file=file)
+    with pytest.raises(SessionError, match=r"notes\.txt"):
+        chat.ready()
+    chat.leave()
+    assert file.read_text() == "my notes"
+
+
+def test_a_damaged_file_is_kept_beside_before_the_first_save(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    """The picture was lost, the words stay; the next save would have written over the evidence."""
+    file = tmp_path / "trip.chat"
+    first = open_chat(file=file)
+    say(first, f"{CIRCLE} What is this?")
+    first.leave()
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) - 1000])
+    damaged = file.read_bytes()
+    chat = open_chat(file=file)
+    chat.ready()
+    assert any("trip.chat" in note for note in chat.take_notes())
+    assert not file.with_name("trip.chat.damaged").exists()
+    say(chat, "And now?")
+    chat.leave()
+    assert file.with_name("trip.chat.damaged").read_bytes() == damaged
+    again = open_chat(file=file)
+    assert again.ready().session.turns == 2
+    assert again.take_notes() == []
+
+
+def test_loading_over_unsaved_turns_asks_for_the_same_command_again(
+    chat: Conversation, tmp_path: Path
+) -> None:
+    say(chat, "What is this?")
+    first, second = tmp_path / "a.chat", tmp_path / "b.chat"
+    assert reply(chat, f"/save {first}").lines == (f"saved to {first}",)
+    say(chat, "And this?")
+    said = reply(chat, f"/load {first}")
+    assert "2 turns was not saved" in said.lines[0] and said.offered == f"/load {first}"
+    assert chat.ready().session.turns == 2
+    reply(chat, f"/save {second}")
+    assert reply(chat, f"/load {first}").lines == ("1 turn loaded",)
+    say(chat, "More?")
+    reply(chat, f"/load {second}")
+    assert reply(chat, f"/load {second}").lines == ("2 turns loaded",)
+
+
+def test_a_load_that_fails_leaves_the_conversation(chat: Conversation, tmp_path: Path) -> None:
+    say(chat, "What is this?")
+    reply(chat, f"/save {tmp_path / 'a.chat'}")
+    (tmp_path / "none.chat").write_text("no session")
+    with pytest.raises(SessionError):
+        reply(chat, f"/load {tmp_path / 'none.chat'}")
+    with pytest.raises(PromptError, match="no such file"):
+        reply(chat, "/load missing.chat")
+    assert chat.ready().session.turns == 1
+
+
+# ---- a model that is not to be had
+
+
+def test_a_load_that_fails_is_raised_by_whatever_waits(open_chat: Open) -> None:
+    chat = open_chat(load=lambda say, progress: fv.load("./nowhere"))
+    answer = chat.ask("What is this?", typed="What is this?")
+    with pytest.raises(FastVLMError, match="nowhere"):
+        next(answer)
+    with pytest.raises(FastVLMError, match="nowhere"):
+        chat.check()
+    assert answer.request.typed == "What is this?"
+
+
+def test_progress_is_in_the_status_until_the_session_is_open(open_chat: Open) -> None:
+    release = threading.Event()
+
+    def load(say: Callable[[str], None], progress: Callable[[int, int, str], None]) -> fv.Engine:
+        progress(1, 4, "Loading weights")
+        release.wait(WAIT_S)
+        return fv.load("demo")
+
+    chat = open_chat(load=load)
+    while not chat.status.loading:
+        pass
+    assert chat.status.loading == "25%"
+    release.set()
+    chat.ready()
+    assert chat.status.loading is None and chat.status.max_positions == 1024
