@@ -46,7 +46,7 @@ _COLORED = {
     "completion-menu.meta.completion": "bg:default fg:default dim",
     "completion-menu.meta.completion.current": "bg:default fg:default reverse",
     "scrollbar.background": "bg:default",
-    "scrollbar.button": "bg:default reverse",
+    "scrollbar.button": "bg:ansibrightblack",
 }
 
 log = logging.getLogger("fastvlm_mlx")

@@ -82,6 +82,8 @@ def test_prose_is_returned_byte_for_byte(text: str) -> None:
         "http://[bad/cat.png",
         "file://server/share/cat.png",
         "ends in .png",
+        "'/no/such.png",
+        'an open "/no/such.png',
         "\"What is this?\" she said, 'a cat'",
     ],
 )

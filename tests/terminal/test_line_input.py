@@ -45,11 +45,14 @@ class Keyboard:
 
     def read(self, keys: str, default: str = "") -> str:
         """Return what is read; after 10 s Ctrl-C is pressed, so that no test waits for ever."""
-        hurry = threading.Timer(10, lambda: self.pipe.send_text("\x03"))
+        hurry = threading.Timer(10, lambda: self.pipe.send_text("\x1b[201~\x07\x03"))
         hurry.start()
         try:
             self.pipe.send_text(keys)
             return self.line.read(default)
+        except Cancelled as cancelled:
+            assert hurry.is_alive(), f"{keys!r} sent nothing; typed: {cancelled.text!r}"
+            raise
         finally:
             hurry.cancel()
 
@@ -95,6 +98,22 @@ def test_ctrl_c_says_what_was_typed() -> None:
             keys.read("\x03")
         assert raised.value.text == ""
         assert keys.read(f"next{ENTER}") == "next"
+
+
+def test_another_thread_may_end_the_line_before_and_while_it_is_typed() -> None:
+    with keyboard() as keys:
+        typed = threading.Event()
+        keys.line._session.default_buffer.on_text_changed += lambda buffer: (
+            typed.set() if buffer.text == "half" else None
+        )
+        thread = threading.Thread(target=lambda: typed.wait(10) and keys.line.cancel())
+        thread.start()
+        with pytest.raises(Cancelled) as raised:
+            keys.read("half")
+        thread.join()
+        assert raised.value.text == "half"
+        with pytest.raises(Cancelled):
+            keys.read("")
 
 
 def test_ctrl_d_leaves_an_empty_prompt_only() -> None:
@@ -423,7 +442,9 @@ def test_without_color_nothing_is_styled(terminals: Callable[..., Terminal]) -> 
     colored = terminals(80)
     colored.wait(">", "demo |")
     assert set(re.findall(rb"\x1b\[([0-9;:]*)m", colored.raw)) - {b"", b"0"}
-    assert b"\x1b[0;7m" not in colored.raw  # no bar in reverse video
+    styled = re.findall(rb"\x1b\[([0-9;:]*)m", colored.raw)
+    assert b"0;2" in styled  # the status line is dim,
+    assert not any(b"7" in code.split(b";") for code in styled)  # and no bar in reverse video
 
 
 def test_only_the_line_input_needs_prompt_toolkit() -> None:
