@@ -77,6 +77,27 @@ def starts_with_path(text: str) -> bool:
     return _word_at(text, 0).source is not None
 
 
+def typed_sources(argument: str) -> tuple[str, ...]:
+    """Return the pictures of a command that takes nothing else: every word is one, as shells do.
+
+    A file's name with bare blanks is one source. "-" is a file of that name: here standard input
+    is the keyboard.
+    """
+    whole = argument.strip()
+    if _is_file(whole):
+        return (whole,)
+    sources = []
+    position = 0
+    while match := _WORD.search(argument, position):
+        word = _word_at(argument, match.start())
+        source, position = word.source, word.end
+        if source is None:
+            shell = _shell_word(argument, match.start())
+            source, position = shell if shell is not None else (match[0], match.end())
+        sources.append("./-" if source == "-" else source)
+    return tuple(sources)
+
+
 def typed_path(argument: str) -> Path:
     """Return the one path that a command's argument is: quoted, escaped, a `file://` URI, or bare.
 

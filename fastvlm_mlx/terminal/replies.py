@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from fastvlm_mlx.errors import PromptError, one_line
 from fastvlm_mlx.terminal import clipboard
@@ -16,7 +15,7 @@ from fastvlm_mlx.terminal.answers import Answer
 from fastvlm_mlx.terminal.attached import Attached, attach
 from fastvlm_mlx.terminal.commands import Typed, help_lines, parse
 from fastvlm_mlx.terminal.conversation import Conversation
-from fastvlm_mlx.terminal.dropped import split_dropped
+from fastvlm_mlx.terminal.dropped import split_dropped, typed_path, typed_sources
 from fastvlm_mlx.terminal.status import stats_lines, stats_rows
 
 _SHOWN_OF_A_QUESTION = 60
@@ -80,12 +79,8 @@ def _image(chat: Conversation, typed: Typed) -> Reply:
         if data is None:
             raise PromptError("the clipboard holds no picture: copy one, or /image PATH")
         pictures = [attach(data, chat.form, name="clipboard")]
-    elif Path(typed.argument).expanduser().is_file():
-        pictures = [attach(typed.argument, chat.form)]
     else:
-        dropped = split_dropped(typed.argument)
-        sources = (*dropped.sources, *dropped.text.split())
-        pictures = [attach(source, chat.form) for source in sources]
+        pictures = [attach(source, chat.form) for source in typed_sources(typed.argument)]
     chat.add(pictures)
     return Reply(pictures=tuple(pictures))
 
@@ -181,7 +176,7 @@ def _stats(chat: Conversation, columns: int) -> Reply:
 
 
 def _save(chat: Conversation, typed: Typed) -> Reply:
-    file = Path(_unquoted(typed.argument)).expanduser() if typed.argument else chat.file
+    file = typed_path(typed.argument) if typed.argument else chat.file
     if file is None:
         raise PromptError("/save needs a FILE to write to")
     chat.save(file)
@@ -189,7 +184,7 @@ def _save(chat: Conversation, typed: Typed) -> Reply:
 
 
 def _load(chat: Conversation, typed: Typed) -> Reply:
-    file = Path(_unquoted(typed.argument)).expanduser()
+    file = typed_path(typed.argument)
     if not file.is_file():
         raise PromptError(f"{one_line(str(file))}: no such file")
     turns = chat.ready().session.turns
@@ -228,14 +223,6 @@ _COMMANDS: dict[str, Callable[[Conversation, Typed], Reply]] = {
     "clear": _clear,
     "quit": _quit,
 }
-
-
-def _unquoted(path: str) -> str:
-    """Return a file's name without the quotes or backslashes a shell would want."""
-    for quote in "'\"":
-        if len(path) > 1 and path[0] == path[-1] == quote:
-            return path[1:-1]
-    return path.replace("\\ ", " ")
 
 
 def _shortened(text: str) -> str:

@@ -11,7 +11,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastvlm_mlx.terminal.dropped import Dropped, split_dropped, starts_with_path, typed_path
+from fastvlm_mlx.terminal.dropped import (
+    Dropped,
+    split_dropped,
+    starts_with_path,
+    typed_path,
+    typed_sources,
+)
 
 
 def sources(text: str) -> list[str]:
@@ -217,6 +223,22 @@ def test_a_commands_path_may_be_written_any_way(
     odd = tmp_path / "a\\b"
     odd.touch()
     assert typed_path(str(odd)) == odd
+
+
+def test_each_word_of_image_is_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my cat.png").touch()
+    assert typed_sources("my cat.png") == ("my cat.png",)
+    assert typed_sources("https://example.com/photo?id=3 no-such 'no such' Ann's my\\ cat.png") == (
+        "https://example.com/photo?id=3",
+        "no-such",
+        "no such",
+        "Ann's",
+        "my cat.png",
+    )
+    assert typed_sources("-") == ("./-",)  # not standard input: that would wait for ever
+    assert typed_sources("x" * 10_000) == ("x" * 10_000,)
+    assert typed_sources("~no-such-user/cat.png") == ("~no-such-user/cat.png",)
 
 
 def test_a_long_text_of_quotes_takes_one_pass() -> None:
