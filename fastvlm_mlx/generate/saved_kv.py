@@ -20,6 +20,7 @@ from fastvlm_mlx.generate.cache import Position
 from fastvlm_mlx.generate.tensor_file import TensorFile
 
 _MAX_POSITIONS = 1 << 18  # more than any context: what a file may make us list
+_BITS = (4, 8)
 _PLAIN = ("keys", "values")
 _PACKED = tuple(f"{part}.{index}" for part in _PLAIN for index in range(3))
 # How a dtype is written: its name in the file, the unsigned type of its bits.
@@ -60,6 +61,8 @@ def _part_names(bits: int | None) -> tuple[str, ...]:
 
 def kv_json(kv: SavedKV) -> dict[str, Any]:
     """Return what is said of a cache. Raises ValueError if its parts do not fit together."""
+    if kv.bits is not None and kv.bits not in _BITS:
+        raise ValueError(f"a cache of {kv.bits} bits")
     for layer in kv.layers:
         if set(layer) != set(_part_names(kv.bits)):
             raise ValueError(f"a layer of {kv.bits} bits has {', '.join(layer)}")
@@ -99,11 +102,13 @@ def _read_layers(file: TensorFile, fields: object) -> SavedKV:
     match fields:
         case {
             "fingerprint": str(name),
-            "bits": (None | int()) as bits,
-            "group_size": (None | int()) as group_size,
+            "bits": bits,
+            "group_size": group_size,
             "positions": list(runs),
             "digests": list(digests),
-        }:
+        } if (bits, group_size) == (None, None) or (
+            type(bits) is int and bits in _BITS and type(group_size) is int
+        ):
             positions = _positions(runs)
         case _:
             raise ValueError("the cache is not described")

@@ -223,7 +223,7 @@ def _require_pixels(image: SavedImage, pixels: np.ndarray) -> None:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -181,9 +181,12 @@ def write_tensor_file(
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """Return a header's JSON object; None if it is none."""
+    """Return a header's JSON object; None if it is none.
+
+    A wrong byte inside a string is read as some character: its digest tells that it is wrong.
+    """
     try:
-        fields = json.loads(text.decode())
+        fields = json.loads(text.decode(errors="replace"), strict=False)
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None

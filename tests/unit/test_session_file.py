@@ -279,6 +279,31 @@ def test_changed_bytes_in_the_header_never_pass_unsaid(saved: Path, data: st.Dat
     whole_or_named(saved)
 
 
+def test_a_wrong_bit_in_a_text_costs_no_more_than_that_character(saved: Path) -> None:
+    """A strict reading of UTF-8 and JSON would lose a conversation for one bit of one letter."""
+    whole = saved.read_bytes()
+    begin = whole.index(b"Was ist das")
+    for at in range(begin, begin + 11):
+        for bit in range(8):
+            changed = whole[at] ^ (1 << bit)
+            if chr(changed) not in '"\\':  # which end a string, or begin an escape
+                saved.write_bytes(whole[:at] + bytes([changed]) + whole[at + 1 :])
+                got = read_session(saved)
+                assert got.messages[::2] == session().messages[::2]
+                assert "altered" in got.damage[0] and len(got.damage) == 2
+                text = str(got.messages[1].content[-1])
+                assert len(text) == len(str(session().messages[1].content[-1]))
+
+
+@pytest.mark.parametrize("bits", [0, 3, 16, True, 4.0, "8", [8], -8])
+def test_bits_that_no_cache_has_are_damage(saved: Path, bits: Any) -> None:
+    write_session(saved, session(mx.bfloat16, 8))
+    edit_session(saved, lambda v: v | {"kv": v["kv"] | {"bits": bits}}, resign=True)
+    got = read_session(saved)
+    assert got.kv is None
+    assert got.damage == ("the saved KV cache is damaged: it is computed again",)
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -329,7 +354,7 @@ def test_an_edited_transcript_is_read_or_refused_in_one_line(
     if got.kv is not None:
         length = len(got.kv.positions)
         assert all(a.shape[2] == length for layer in got.kv.layers for a in layer.values())
-        assert all(type(p) is int or type(p[1]) is int for p in got.kv.positions)
+        assert all(isinstance(p, int) or type(p[1]) is int for p in got.kv.positions)
 
 
 @FUZZ
