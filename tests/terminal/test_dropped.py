@@ -49,7 +49,7 @@ NAMES = st.builds("/no such/{}.png".format, st.text(PRINTABLE, max_size=12))
 WAYS = (shlex.quote, escaped, single_quoted, double_quoted, file_uri)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(NAMES, st.sampled_from(WAYS)), min_size=1, max_size=5), st.data())
 @example([('/no such/it\'s "so".png', way) for way in WAYS], None)
 @example([("/no such/Screenshot 3.04.05\u202fPM.png", way) for way in WAYS], None)
@@ -64,7 +64,7 @@ def test_names_written_any_way_come_back(
     assert sources(text) == [name for name, _ in written]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="/~"), max_size=60))
 @example("What's in Ann's picture?")
 @example("""a lone ' and " and \\ here""")
