@@ -40,7 +40,7 @@ from fastvlm_mlx.prompt.template import IMAGE, Message, user_message
 
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo"
 FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 EMPTY = SavedSession((Message("system", ("",)),), (), "")
 
