@@ -21,10 +21,14 @@ two lines**, *emphasis*, `code with * and [`, a lone * star, an_intra_word and ~
 a [link](https://example.org/path?a=1) and <https://example.org/auto>, 2 < 3 | 4 and ![alt](p.png).
 
 ---
-## Another
+## Another [name]
 
 > A quotation that is long enough to be wrapped at least once or twice,
 > and then *ends*.
+
+[name]: https://example.org "defined long after its use"
+
+<div>HTML is <b>text</b></div>
 """
 LISTS = """Before:
 - one
@@ -275,6 +279,7 @@ def test_markdown_is_drawn_not_shown_as_typed() -> None:
     assert not any("```" in line or "|--" in line for line in lines)
     assert any("link (https://example.org/path?a=1)" in line for line in lines)
     assert any("alt (p.png)" in line for line in lines)
+    assert "<div>HTML is <b>text</b></div>" in lines
 
 
 def test_bold_italic_and_code_have_their_colours() -> None:
@@ -345,6 +350,42 @@ def in_order(wanted: list[str], found: list[str]) -> bool:
 
 TALL = "A paragraph " + " ".join(f"word{number}" for number in range(200)) + "."
 NUMBERED = "\n".join(f"- item{number} of a list with a few more words" for number in range(30))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"**{TALL}** and more",
+        f"{TALL}\n===\n",
+        f"{TALL}\n| cell\n|---\n| x\n",
+        f"- [{TALL}](address)",
+        f"> `{TALL}`\n",
+    ],
+)
+def test_what_may_yet_change_does_not_scroll_away(text: str) -> None:
+    """A star far above the screen that turns out to begin bold text can no longer be taken back."""
+    whole, _ = play([text], 30, 500)
+    terminal, _ = play(pieces(text, 15), 30, 6)
+    assert terminal.lines() == whole.lines() and colours(terminal) == colours(whole)
+
+
+def test_a_line_that_looks_like_a_fence_until_its_end_is_none() -> None:
+    text = "Some text\n```a b` and more\n\nEnd"
+    assert play(text, 40, 24)[0].lines() == ["Some text ```a b` and more", "", "End"]
+
+
+def test_a_line_that_is_no_more_is_erased() -> None:
+    assert play("**aaaa bbbb cccc ddd**", 20, 24)[0].lines() == ["aaaa bbbb cccc ddd"]
+
+
+def test_after_a_resize_the_unfinished_block_is_drawn_in_its_old_place() -> None:
+    text = TALL[:200]
+    terminal = Terminal(30, 24)
+    with stream_to(terminal) as stream:
+        stream.feed(f"Before.\n\n{text}")
+        terminal.screen.resize(columns=60)
+        stream.feed(" end.")
+    assert terminal.lines() == play([f"Before.\n\n{text} end."], 60, 24)[0].lines()
 
 
 @pytest.mark.parametrize("text", [f"{TALL}\n\n{NUMBERED}\n", f"{NUMBERED}\n\n{TALL}"])
