@@ -8,6 +8,7 @@ terminal and no MLX.
 from __future__ import annotations
 
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +113,11 @@ class Answer:
         """Stop reading at once; what was to be seen is kept, and the model ends on its own."""
         self._hold.stop()
         self._events.leave()
+
+    @property
+    def ended(self) -> Future[None]:
+        """Done when the model is; after a stop that can be later than the reader."""
+        return self._events.ended
 
     @property
     def kept(self) -> bool:

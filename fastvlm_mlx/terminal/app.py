@@ -102,6 +102,7 @@ class App:
                 self._say_error(error)
                 offered = line
             except KeyboardInterrupt:
+                self._chat.abandon()
                 self._say("stopped", _DIM)
                 offered = line
             if self._ended_by is not None:
@@ -183,12 +184,14 @@ class App:
         """Draw an answer as it comes; return what is to be offered again."""
         stops = 0
         forgotten = False
-        self._answer = answer
         self._stream = self._new_stream()
         try:
-            self._wait_for(self._stream)
             while not forgotten:
                 try:
+                    self._wait_until_done(self._chat.opened)
+                    # From here on Ctrl-C is heard between two events, never while one is drawn.
+                    self._answer = answer
+                    self._say_waiting()
                     for event in answer:
                         self._draw(event)
                     break
@@ -221,21 +224,26 @@ class App:
     def _new_stream(self) -> MarkdownStream:
         return MarkdownStream(self._out, columns=self._columns, rows=self._rows, color=self._color)
 
-    def _wait_for(self, stream: MarkdownStream) -> None:
-        status = self._chat.status
-        if status.loading is not None:
-            stream.wait(f"loading {status.model} {status.loading}".rstrip() + "… (Ctrl-C: not now)")
-        else:
-            stream.wait("…")
-
     def _wait(self, future: Future[T]) -> T:
         """Wait for the model; a transient line says so. KeyboardInterrupt gives up waiting."""
-        if wait_for([future], timeout=_SILENT_S).done:
-            return future.result()
-        line = self._new_stream()
-        with line:
-            self._wait_for(line)
-            return future.result()
+        if not wait_for([future], timeout=_SILENT_S).done:
+            self._stream = self._new_stream()
+            with self._stream:
+                self._wait_until_done(future)
+        return future.result()
+
+    def _wait_until_done(self, future: Future[Any]) -> None:
+        while not future.done():
+            self._say_waiting()
+            wait_for([future], timeout=_SILENT_S)
+
+    def _say_waiting(self) -> None:
+        status = self._chat.status
+        if status.loading is not None:
+            line = f"loading {status.model} {status.loading}".rstrip()
+            self._stream.wait(f"{line}… (Ctrl-C: not now)")
+        else:
+            self._stream.wait("stopping the last answer…" if status.stopping else "…")
 
     # ---- the screen
 

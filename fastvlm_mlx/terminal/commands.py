@@ -128,10 +128,10 @@ def _starting_with(name: str) -> Command:
 def help_lines(columns: int) -> list[str]:
     """Return the help, no line longer than `columns` (from 20): commands, then keys."""
     commands = [(f"/{c.name} {c.arguments}".rstrip(), c.summary) for c in COMMANDS]
-    return [*_table(commands, columns), "", *_table(list(_KEYS), columns)]
+    return [*two_columns(commands, columns), "", *two_columns(list(_KEYS), columns)]
 
 
-def _table(rows: list[tuple[str, str]], columns: int) -> list[str]:
+def two_columns(rows: list[tuple[str, str]], columns: int) -> list[str]:
     """Return two columns, or, where that is too narrow, the second below the first."""
     if columns < _NARROW:
         return [

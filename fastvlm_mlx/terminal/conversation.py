@@ -76,6 +76,7 @@ class Conversation:
         self._notes: SimpleQueue[str] = SimpleQueue()
         self._bug: BaseException | None = None
         self._answer: Answer | None = None
+        self._ending: Future[None] | None = None
         self._left = False
         self._preparing: Hold | None = None
         self._saving: Future[None] | None = None
@@ -137,6 +138,7 @@ class Conversation:
             memory_bytes=facts.session.active_bytes,
             reused=last.reused_tokens if last else None,
             pending_images=len(self.pending),
+            stopping=self._ending is not None and not self._ending.done(),
         )
 
     @property
@@ -203,12 +205,14 @@ class Conversation:
             self._stop_preparing()
         hold = Hold()
         events = self._model.stream(lambda engine: self._live.answer(engine, request, hold))
+        events.ended.add_done_callback(lambda _: self.changed())
         self._answer = Answer(request, events, hold)
         return self._answer
 
     def settle(self, answer: Answer) -> None:
         """Take in what an answer that was read, or forgotten, has come to."""
         self._answer = None
+        self._ending = answer.ended
         if answer.finished is not None and answer.finished.stats.generated_tokens:
             self.last = answer.finished.stats
         if answer.kept:
@@ -217,6 +221,15 @@ class Conversation:
             self._hear_change()
         if self.pending:
             self._prepare()
+
+    def abandon(self) -> None:
+        """Stop an answer that nobody has begun to read."""
+        answer = self._answer
+        if answer is not None:
+            if not answer.stop():
+                for _ in answer:
+                    pass
+            self.settle(answer)
 
     def rewind(self, turns: int) -> None:
         """Take back turns. Raises PromptError if there are fewer."""

@@ -13,7 +13,7 @@ from fastvlm_mlx.errors import PromptError, one_line
 from fastvlm_mlx.terminal import clipboard
 from fastvlm_mlx.terminal.answers import Answer
 from fastvlm_mlx.terminal.attached import Attached, attach
-from fastvlm_mlx.terminal.commands import Typed, help_lines, parse
+from fastvlm_mlx.terminal.commands import Typed, help_lines, parse, two_columns
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.dropped import split_dropped, typed_path, typed_sources
 from fastvlm_mlx.terminal.status import stats_lines, stats_rows
@@ -46,6 +46,8 @@ def reply(chat: Conversation, line: str, *, columns: int = 80) -> Reply:
         return Reply(lines=tuple(help_lines(columns)))
     if typed.command.name == "stats":
         return _stats(chat, columns)
+    if typed.command.name == "set":
+        return _set(chat, typed, columns)
     return _COMMANDS[typed.command.name](chat, typed)
 
 
@@ -153,16 +155,12 @@ def _system(chat: Conversation, typed: Typed) -> Reply:
     return Reply(lines=("the system message is changed" if text else "no system message from now",))
 
 
-def _set(chat: Conversation, typed: Typed) -> Reply:
+def _set(chat: Conversation, typed: Typed, columns: int) -> Reply:
     if not typed.argument:
         rows = chat.settings.rows()
-        names = max(len(name) for name, _, _ in rows)
-        values = max(len(value) for _, value, _ in rows)
-        return Reply(
-            lines=tuple(
-                f"{name:<{names}}  {value:<{values}}  {meaning}" for name, value, meaning in rows
-            )
-        )
+        edge = max(len(name) for name, _, _ in rows) + 2
+        shown = [(f"{name:<{edge}}{value}", meaning) for name, value, meaning in rows]
+        return Reply(lines=tuple(two_columns(shown, columns)))
     name, _, value = typed.argument.replace("=", " ", 1).partition(" ")
     before = {name: value for name, value, _ in chat.settings.rows()}
     chat.settings = chat.settings.changed(name, value)
@@ -217,7 +215,6 @@ _COMMANDS: dict[str, Callable[[Conversation, Typed], Reply]] = {
     "undo": _undo,
     "edit": _edit,
     "system": _system,
-    "set": _set,
     "save": _save,
     "load": _load,
     "clear": _clear,

@@ -22,7 +22,8 @@ class StatusFacts:
 
     `precision` is the quantization or dtype ("4 bit", "float32"); `loading` is how far loading is
     ("45%", "" when unknown) or None once the model is there; positions are of the context;
-    `reused` is how many of the last answer's positions were not computed again.
+    `reused` is how many of the last answer's positions were not computed again; `stopping` that an
+    answer nobody waits for is still ending.
     """
 
     model: str
@@ -35,6 +36,7 @@ class StatusFacts:
     memory_bytes: int | None = None
     reused: int | None = None
     pending_images: int = 0
+    stopping: bool = False
 
 
 def status_line(facts: StatusFacts, columns: int) -> str:
@@ -56,6 +58,7 @@ def _fields(facts: StatusFacts) -> list[str]:
     context = f"{facts.positions} of {facts.max_positions} positions"
     return [
         facts.model,
+        "stopping…" if facts.stopping else "",
         waiting,
         facts.precision,
         context if facts.max_positions else "",
