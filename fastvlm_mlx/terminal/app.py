@@ -6,6 +6,7 @@ Knows no models and no sessions: what a line does is said by `reply`.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from fastvlm_mlx.errors import FastVLMError, one_line
 from fastvlm_mlx.events import ChatEvent, TextDelta, TurnsDropped
@@ -25,12 +26,14 @@ from fastvlm_mlx.terminal.attached import Attached, attach
 from fastvlm_mlx.terminal.clipboard import picture_in_clipboard
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.line_input import Cancelled, LineInput
-from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
 from fastvlm_mlx.terminal.remarks import after_answer, dropped_line
 from fastvlm_mlx.terminal.replies import picture_line, reply
 from fastvlm_mlx.terminal.safe_text import safe
 from fastvlm_mlx.terminal.status import status_line
 from fastvlm_mlx.terminal.tty_state import KeptKeys
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
 
 T = TypeVar("T")
 
@@ -57,7 +60,6 @@ class App:
         self._out = sys.stdout
         self._color = not os.environ.get("NO_COLOR")
         self._answer: Answer | None = None
-        self._stream = self._new_stream()
         self._prompting = False
         self._ended_by: int | None = None
         self._input = LineInput(
@@ -164,6 +166,8 @@ class App:
     def _hear_opened(self, opened: Future[list[str]]) -> None:
         if opened.exception() is not None:
             self._input.cancel()
+        else:  # rich takes 0.1 s, which is here the time a user takes to type
+            importlib.import_module("fastvlm_mlx.terminal.markdown_stream")
 
     def _paste_picture(self) -> str | None:
         data = picture_in_clipboard()
@@ -222,6 +226,8 @@ class App:
             self._stream.feed(event.text)
 
     def _new_stream(self) -> MarkdownStream:
+        from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
+
         return MarkdownStream(self._out, columns=self._columns, rows=self._rows, color=self._color)
 
     def _wait(self, future: Future[T]) -> T:
