@@ -26,7 +26,7 @@ import pyte
 from pyte.modes import DECAWM
 from wcwidth import wcwidth
 
-LIMIT_S = 20.0
+LIMIT_S = 60.0
 CHAT = (
     # The controlling terminal is taken before anything else runs, as a shell's child has it.
     "import fcntl, sys, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0); "

@@ -29,7 +29,7 @@ class Tmux:
         self._env = environment(folder)
         self._ask(
             "-f", "/dev/null", "new-session", "-d", "-x", str(columns), "-y", str(rows),
-            "-c", str(folder), shlex.join(command) + "; echo left with $?; read held",
+            "-c", str(folder), "echo; " + shlex.join(command) + "; echo left with $?; read held",
         )  # fmt: skip
 
     def _ask(self, *words: str) -> str:
