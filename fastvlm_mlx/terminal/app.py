@@ -7,17 +7,13 @@ Knows no models and no sessions: what a line does is said by `reply`.
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from fastvlm_mlx.errors import FastVLMError, one_line
 from fastvlm_mlx.events import ChatEvent, TextDelta, TurnsDropped
@@ -28,16 +24,12 @@ from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.line_input import Cancelled, LineInput
 from fastvlm_mlx.terminal.remarks import after_answer, dropped_line
 from fastvlm_mlx.terminal.replies import picture_line, reply
-from fastvlm_mlx.terminal.safe_text import safe
+from fastvlm_mlx.terminal.screen import BOLD, DIM, RED, Screen
 from fastvlm_mlx.terminal.status import status_line
-from fastvlm_mlx.terminal.tty_state import KeptKeys
-
-if TYPE_CHECKING:
-    from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
+from fastvlm_mlx.terminal.tty_state import KeptKeys, Signals
 
 T = TypeVar("T")
 
-_DIM, _RED, _BOLD = "2", "31", "1"
 # A wait shorter than this is not worth a line.
 _SILENT_S = 0.3
 # So many Ctrl-C while one answer stops: the chat is left.
@@ -57,8 +49,7 @@ class App:
 
     def __init__(self, chat: Conversation, *, history_file: Path | None) -> None:
         self._chat = chat
-        self._out = sys.stdout
-        self._color = not os.environ.get("NO_COLOR")
+        self._screen = Screen(sys.stdout)
         self._answer: Answer | None = None
         self._prompting = False
         self._ended_by: int | None = None
@@ -66,7 +57,7 @@ class App:
             history_file=history_file,
             status=lambda columns: status_line(chat.status, columns),
             images=lambda: len(chat.pending),
-            color=self._color,
+            color=self._screen.color,
             on_image_paste=self._paste_picture,
             pictures=self._picture_names,
         )
@@ -81,8 +72,8 @@ class App:
         used; a question typed by then is printed first.
         """
         with ExitStack() as stack:
-            keys = stack.enter_context(KeptKeys(sys.stdin, self._out))
-            stack.enter_context(_Signals(self._hear_signal, keys, lambda: self._prompting))
+            keys = stack.enter_context(KeptKeys(sys.stdin, sys.stdout))
+            stack.enter_context(Signals(self._hear_signal, keys, lambda: self._prompting))
             try:
                 self._show_pictures(pictures)
                 self._converse()
@@ -105,7 +96,7 @@ class App:
                 offered = line
             except KeyboardInterrupt:
                 self._chat.abandon()
-                self._say("stopped", _DIM)
+                self._screen.say("stopped", DIM)
                 offered = line
             if self._ended_by is not None:
                 raise _Leave(self._exit_code())
@@ -113,10 +104,10 @@ class App:
     def _do(self, line: str) -> str:
         """Do what a line says; return what is to be offered for the next."""
         self._check(line)
-        said = reply(self._chat, line, columns=self._columns())
+        said = reply(self._chat, line, columns=self._screen.columns())
         self._show_pictures(said.pictures)
         for text in said.lines:
-            self._say(text)
+            self._screen.say(text)
         if said.leaves:
             raise _Leave(0)
         return said.offered if said.answer is None else self._show(said.answer)
@@ -144,7 +135,7 @@ class App:
             finally:
                 self._prompting = False
             if leaving:
-                self._say("Ctrl-C again to leave", _DIM)
+                self._screen.say("Ctrl-C again to leave", DIM)
             offered = ""
 
     def _check(self, typed: str) -> None:
@@ -153,7 +144,7 @@ class App:
             self._chat.check()
         except BaseException:
             if typed.strip():
-                self._say(f"not asked: {typed}")
+                self._screen.say(f"not asked: {typed}")
             raise
 
     def _refresh(self) -> None:
@@ -188,7 +179,7 @@ class App:
         """Draw an answer as it comes; return what is to be offered again."""
         stops = 0
         forgotten = False
-        self._stream = self._new_stream()
+        self._stream = self._screen.new_stream()
         try:
             while not forgotten:
                 try:
@@ -214,26 +205,21 @@ class App:
         self._chat.settle(answer)
         self._show_notes()
         for line in ["stopped"] if forgotten else after_answer(answer):
-            self._say(line, _DIM)
+            self._screen.say(line, DIM)
         return "" if answer.kept else answer.request.typed
 
     def _draw(self, event: ChatEvent) -> None:
         if isinstance(event, TurnsDropped):  # before any text
             self._stream.finish()
-            self._say(dropped_line(event), _BOLD)
-            self._stream = self._new_stream()
+            self._screen.say(dropped_line(event), BOLD)
+            self._stream = self._screen.new_stream()
         elif isinstance(event, TextDelta):
             self._stream.feed(event.text)
-
-    def _new_stream(self) -> MarkdownStream:
-        from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
-
-        return MarkdownStream(self._out, columns=self._columns, rows=self._rows, color=self._color)
 
     def _wait(self, future: Future[T]) -> T:
         """Wait for the model; a transient line says so. KeyboardInterrupt gives up waiting."""
         if not wait_for([future], timeout=_SILENT_S).done:
-            self._stream = self._new_stream()
+            self._stream = self._screen.new_stream()
             with self._stream:
                 self._wait_until_done(future)
         return future.result()
@@ -256,46 +242,18 @@ class App:
     def _show_pictures(self, pictures: tuple[Attached, ...]) -> None:
         for picture in pictures:
             if self._chat.settings.preview:
-                self._preview(picture)
+                self._screen.show(picture)
             if picture in self._chat.pending:
-                self._say(picture_line(self._chat, picture))
+                self._screen.say(picture_line(self._chat, picture))
             else:
-                self._say(f"{picture.name} {picture.width}x{picture.height}")
-
-    def _preview(self, picture: Attached) -> None:
-        from fastvlm_mlx.terminal.inline_image import detect, preview
-
-        protocol = detect(os.environ, self._out.isatty())
-        if protocol is not None:
-            self._out.write(
-                preview(
-                    picture.thumbnail,
-                    protocol,
-                    columns=self._columns(),
-                    rows=max(self._rows() // 2, 1),
-                    color=self._color,
-                )
-            )
+                self._screen.say(f"{picture.name} {picture.width}x{picture.height}")
 
     def _show_notes(self) -> None:
         for note in self._chat.take_notes():
-            self._say(note)
+            self._screen.say(note)
 
     def _say_error(self, error: FastVLMError) -> None:
-        self._say(f"error: {one_line(str(error))}", _RED)
-
-    def _say(self, line: str, style: str = "") -> None:
-        line = safe(line)
-        if style and self._color:
-            line = f"\x1b[{style}m{line}\x1b[0m"
-        self._out.write(line + "\n")
-        self._out.flush()
-
-    def _columns(self) -> int:
-        return shutil.get_terminal_size().columns
-
-    def _rows(self) -> int:
-        return shutil.get_terminal_size().lines
+        self._screen.say(f"error: {one_line(str(error))}", RED)
 
     # ---- signals
 
@@ -310,33 +268,3 @@ class App:
             self._answer.wake()
         else:
             raise KeyboardInterrupt
-
-
-class _Signals:
-    """A context in which signals go to one function. Enter it in the main thread."""
-
-    def __init__(
-        self, hear: Callable[[int], None], keys: KeptKeys, prompting: Callable[[], bool]
-    ) -> None:
-        self._hear, self._keys, self._prompting = hear, keys, prompting
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
-            self._before[number] = signal.signal(number, self._heard)
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _error: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _heard(self, number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGCONT:
-            self._hear(number)
-        elif not self._prompting():
-            self._keys.apply()

@@ -1,14 +1,16 @@
-"""The terminal's own settings while a chat runs: keys are kept unseen, and given back at the end.
+"""The terminal's own settings and signals while a chat runs; both are given back at the end.
 
-Knows termios. Between two prompts what is typed is neither shown nor edited by the terminal, so
-that it waits, Enter and all, for the next prompt.
+Knows termios and signal handlers. Between two prompts what is typed is neither shown nor edited by
+the terminal, so that it waits, Enter and all, for the next prompt.
 """
 
 from __future__ import annotations
 
+import signal
 import termios
-from types import TracebackType
-from typing import Self, TextIO
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any, Self, TextIO
 
 # Ends what may have been left open: synchronized output, bracketed paste, a hidden cursor, colours.
 _CALM = "\x1b[?2026l\x1b[?2004l\x1b[?25h\x1b[0m"
@@ -51,3 +53,36 @@ class KeptKeys:
                 self._out.flush()
         except (termios.error, OSError):  # the terminal is gone: there is nothing to restore
             return
+
+
+class Signals:
+    """A context in which SIGINT, SIGTERM and SIGHUP go to `hear`. Enter it in the main thread.
+
+    After a stop (Ctrl-Z, fg), `keys` are kept again, unless a prompt has the terminal.
+    """
+
+    def __init__(
+        self, hear: Callable[[int], None], keys: KeptKeys, prompting: Callable[[], bool]
+    ) -> None:
+        self._hear, self._keys, self._prompting = hear, keys, prompting
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCONT):
+            self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGCONT:
+            self._hear(number)
+        elif not self._prompting():
+            self._keys.apply()
