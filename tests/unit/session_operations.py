@@ -45,6 +45,8 @@ POOL: tuple[Shown, ...] = (
     Shown("ellipse", "purple", (100, 100, 50), side=192),
     Shown("ellipse", "red", (64, 64, 60), side=192),
 )
+# Another picture of the same size.
+TWIN = {0: 1, 1: 2, 2: 0, 3: 4, 4: 5, 5: 3, 6: 7, 7: 6}
 # What the demo model answers by its pictures, and what users type that is no question.
 TEXTS = (
     "Describe the image.",
@@ -88,11 +90,11 @@ def as_file(index: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an answer ends: whole; cancelled when `cancelled` is asked after `at` times; or closed
-    after `at` tokens, before the first if that is 0 and turns are dropped.
+    """How an answer ends: whole; cancelled, or by an error, when `cancelled` was asked `at` times;
+    or closed after `at` tokens, before the first if that is 0 and turns are dropped.
     """
 
-    by: Literal["itself", "cancelled", "closed"] = "itself"
+    by: Literal["itself", "cancelled", "raised", "closed"] = "itself"
     at: int = 0
     keep_partial: bool = False
 
@@ -123,6 +125,13 @@ class Edit:
 
     text: str
     pictures: tuple[int, ...] | None = None
+    ending: Ending = WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """The last question again about other pictures, each as large as the one it had."""
+
     ending: Ending = WHOLE
 
 
@@ -179,7 +188,9 @@ class Resume:
     """Save to a file and go on with what is read from it."""
 
 
-Operation = Ask | Retry | Edit | Prepare | Undo | Drop | Fork | Switch | Fail | SetSystem | Resume
+Operation = (
+    Ask | Retry | Edit | Swap | Prepare | Undo | Drop | Fork | Switch | Fail | SetSystem | Resume
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +209,7 @@ _ENDING = st.one_of(
     st.just(WHOLE),
     st.builds(
         Ending,
-        by=st.sampled_from(["cancelled", "closed"]),
+        by=st.sampled_from(["cancelled", "closed", "raised"]),
         at=st.integers(0, 5),
         keep_partial=st.booleans(),
     ),
@@ -214,6 +225,7 @@ _OPERATION: SearchStrategy[Operation] = st.one_of(
     *_ASKED,
     st.builds(Retry, st.sampled_from(SAMPLINGS), _ENDING),
     st.builds(Edit, _TEXT, st.none() | _PICTURES, _ENDING),
+    st.builds(Swap, _ENDING),
     st.builds(Prepare, _PICTURES, st.booleans()),
     st.builds(Undo, st.integers(1, 3)),
     st.builds(Drop, st.integers(0, 5)),

@@ -1,26 +1,23 @@
 """What must be true of a conversation after each operation, found without the session's own means.
 
-Knows the whole transcript and computes every answer anew: pictures straight through the network,
-one pass over all positions, an empty cache. Which positions a session may reuse is worked out here
-again, on (picture of the pool, row) in place of digests. Knows nothing of hypothesis.
+Knows what each operation makes of the transcript, and what must then be in the cache; answers are
+compared with those of `session_reference.py`. Knows nothing of hypothesis.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from session_operations import (
-    DEFAULT_SIDE,
     MAX_TOKENS,
     POOL,
+    TWIN,
     Ask,
     Conversation,
     Drop,
@@ -33,23 +30,19 @@ from session_operations import (
     Resume,
     Retry,
     SetSystem,
+    Swap,
     Switch,
     Undo,
     as_file,
     drawn,
 )
+from session_reference import Reference, Work, common, watched
+from session_turns import Answer, Asked, Branch, Interrupted, Tally, Turn, read
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.events import ChatEvent, TurnsDropped
-from fastvlm_mlx.generate.loop import generate_ids, logprobs_along
-from fastvlm_mlx.model.decoder import Decoder
-from fastvlm_mlx.model.vision import FastViTHD
-from fastvlm_mlx.prompt.processor import TextIds
-from fastvlm_mlx.prompt.template import IM_START, Message, user_message
-
-# A position: a token id, or (picture of the pool, row). No digest, so none can be wrong here.
-Position = int | tuple[int, int]
+from fastvlm_mlx.prompt.template import user_message
 
 # Warm and cold logits differ by float rounding, about 1e-5; of two as close as this either may win.
 NEAR_TIE = 1e-4
@@ -59,210 +52,6 @@ NEAR_TIE_PACKED = 0.05
 MAX_BRANCHES = 3
 # What every branch is asked at the end, in turn.
 CLOSING = ("Describe the image.", "What is in the first picture?")
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """A question, its pictures by number, and its answer."""
-
-    question: str
-    pictures: tuple[int, ...]
-    answer: str
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was compared, over all conversations."""
-
-    conversations: int = 0
-    operations: list[int] = field(default_factory=list)
-    kinds: dict[str, int] = field(default_factory=dict)
-    answers: int = 0
-    reused: int = 0
-    dropped: int = 0
-    near_ties: int = 0
-    sampled_apart: int = 0
-
-
-class Reference:
-    """Answers computed from nothing, each once."""
-
-    def __init__(self, engine: fv.Engine, kv_bits: int | None = None) -> None:
-        self.engine = engine
-        self.kv_bits = kv_bits
-        # Pictures whose features the engine has.
-        self.known: set[int] = set()
-        self._features: dict[int, mx.array] = {}
-        self._ids: dict[Any, tuple[int, ...]] = {}
-        self._pixels: dict[int, np.ndarray] = {}
-
-    def pixels(self, index: int) -> np.ndarray:
-        """Return what the tower should see of a picture of the pool."""
-        if index not in self._pixels:
-            processor = self.engine.pipeline.processor
-            self._pixels[index] = processor.pixels(drawn(index), size=side_of(index))
-        return self._pixels[index]
-
-    def features(self, index: int) -> mx.array:
-        """Return the picture's features, by the network alone: no cache, no digest."""
-        if index not in self._features:
-            found = self.engine.pipeline.model.encode_image(mx.array(self.pixels(index))[None])[0]
-            mx.eval(found)
-            self._features[index] = found
-        return self._features[index]
-
-    def positions(self, messages: Sequence[Message], pictures: Sequence[int]) -> list[Position]:
-        """Return what each position of the prompt is."""
-        found: list[Position] = []
-        remaining = iter(pictures)
-        for segment in self.engine.pipeline.processor.prompt(messages).segments:
-            if isinstance(segment, TextIds):
-                found += segment.ids
-            else:
-                index = next(remaining)
-                rows = side_of(index) // 64
-                found += [(index, row) for row in range(rows**2)]
-        assert next(remaining, None) is None
-        return found
-
-    def ids(
-        self, messages: Sequence[Message], pictures: Sequence[int], sampling: fv.Sampling
-    ) -> tuple[int, ...]:
-        """Return the first MAX_TOKENS ids of the answer."""
-        key = (tuple(messages), tuple(pictures), sampling)
-        if key not in self._ids:
-            decoder = self.engine.pipeline.model.decoder
-            steps = generate_ids(
-                decoder,
-                self._embeddings(messages, pictures),
-                decoder.make_cache(self.kv_bits),
-                prompt_ids=self.engine.pipeline.processor.prompt(messages).text_ids,
-                sampling=sampling,
-                max_tokens=MAX_TOKENS,
-                stop_ids=self.engine.pipeline.stop_ids,
-            )
-            self._ids[key] = tuple(step.token_id for step in steps)
-        return self._ids[key]
-
-    def margin(
-        self, messages: Sequence[Message], pictures: Sequence[int], ids: Sequence[int]
-    ) -> float:
-        """Return how far the most likely id is before the next one after the prompt and `ids`."""
-        decoder = self.engine.pipeline.model.decoder
-        rows = logprobs_along(decoder, self._embeddings(messages, pictures), [*ids, 0])
-        last = np.sort(np.array(list(rows)[-1][-1]))
-        return float(last[-1] - last[-2])
-
-    def _embeddings(self, messages: Sequence[Message], pictures: Sequence[int]) -> mx.array:
-        remaining = iter(pictures)
-        return self.engine.pipeline.model.embed(
-            [
-                segment.ids if isinstance(segment, TextIds) else self.features(next(remaining))
-                for segment in self.engine.pipeline.processor.prompt(messages).segments
-            ]
-        )
-
-
-def side_of(index: int) -> int:
-    """Return the side in pixels of what the tower sees of a picture of the pool."""
-    return POOL[index].side or DEFAULT_SIDE
-
-
-def common(held: Sequence[Position], wanted: Sequence[Position]) -> int:
-    """Return how many positions may be reused: equal ones, not the last, no part of a picture."""
-    shared = 0
-    while shared < min(len(held), len(wanted) - 1) and held[shared] == wanted[shared]:
-        shared += 1
-    while isinstance(at := wanted[shared], tuple) and at[1] > 0:
-        shared -= 1
-    return shared
-
-
-@dataclass(slots=True)
-class Work:
-    """What the network was made to do: positions through the decoder, pictures to the tower."""
-
-    positions: int = 0
-    pictures: int = 0
-
-
-@contextmanager
-def watched() -> Iterator[Work]:
-    """Count the network's work."""
-    work = Work()
-    real_hidden, real_tower = Decoder.hidden, FastViTHD.__call__
-
-    def hidden(self: Decoder, embeddings: mx.array, cache: Any) -> mx.array:
-        work.positions += embeddings.shape[1]
-        return real_hidden(self, embeddings, cache)
-
-    def tower(self: FastViTHD, pixels: mx.array) -> mx.array:
-        work.pictures += pixels.shape[0]
-        return real_tower(self, pixels)
-
-    Decoder.hidden, FastViTHD.__call__ = hidden, tower  # type: ignore[method-assign]
-    try:
-        yield work
-    finally:
-        Decoder.hidden, FastViTHD.__call__ = real_hidden, real_tower  # type: ignore[method-assign]
-
-
-@dataclass(slots=True)
-class Branch:
-    """A session, the transcript it must have, and what its cache must hold."""
-
-    session: fv.ChatSession
-    system: str
-    turns: list[Turn] = field(default_factory=list)
-    held: list[Position] = field(default_factory=list)
-
-    def messages(self, turns: Sequence[Turn]) -> list[Message]:
-        """Return the system message and these turns."""
-        found = [Message("system", (self.system,))]
-        for turn in turns:
-            found.append(user_message(turn.question, len(turn.pictures)))
-            found.append(Message("assistant", (turn.answer,)))
-        return found
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt: the turns kept before the question, and what it is made of.
-
-    `room` is how many tokens the context has left for the answer.
-    """
-
-    kept: Sequence[Turn]
-    messages: list[Message]
-    pictures: list[int]
-    positions: list[Position]
-    room: int
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What was read of an answer; `reason` and `stats` are None if it was closed before its end."""
-
-    ids: tuple[int, ...]
-    text: str
-    reason: str | None
-    stats: fv.Stats | None
-
-    @classmethod
-    def read(cls, events: Sequence[ChatEvent]) -> Answer:
-        """Join the events."""
-        deltas = [event for event in events if isinstance(event, fv.TextDelta)]
-        ids = tuple(token_id for event in deltas for token_id in event.token_ids)
-        text = "".join(event.text for event in deltas)
-        last = events[-1]
-        if isinstance(last, fv.Finished):
-            return cls(ids, text, last.finish_reason, last.stats)
-        return cls(ids, text, None, None)
-
-    @property
-    def whole(self) -> bool:
-        """Whether it came to its own end."""
-        return self.reason in ("stop", "length")
 
 
 class Played:
@@ -306,15 +95,9 @@ class Played:
         self.tally.operations.append(len(operations))
 
     def do(self, operation: Operation) -> None:
-        """Do one operation; what has nothing to work on asks a question instead."""
+        """Do one operation, or what stands for it, and check its outcome."""
+        operation = self.possible(operation)
         branch, session = self.branch, self.branch.session
-        shown = [index for turn in branch.turns for index in turn.pictures]
-        if isinstance(operation, (Retry, Edit, Undo)) and not branch.turns:
-            operation = Ask("What is this?", (0,))
-        if isinstance(operation, Drop) and not shown:
-            operation = Ask("What is this?", (4,))
-        if isinstance(operation, Fork) and len(self.branches) == MAX_BRANCHES:
-            operation = Switch(self.branches.index(branch) + 1)
         kind = type(operation).__name__
         self.tally.kinds[kind] = self.tally.kinds.get(kind, 0) + 1
         match operation:
@@ -329,14 +112,10 @@ class Played:
             case Retry(sampling, ending):
                 self.answer(session.retry, branch.turns[:-1], branch.turns[-1], ending, sampling)
             case Edit(text, pictures, ending):
-                given = None if pictures is None else self.given(pictures)
-                kept = branch.turns[-1].pictures if pictures is None else pictures
-                self.answer(
-                    lambda **how: session.edit(text, given, **how),
-                    branch.turns[:-1],
-                    Turn(text, kept, ""),
-                    ending,
-                )
+                self.edit(text, pictures, ending)
+            case Swap(ending):
+                last = branch.turns[-1]
+                self.edit(last.question, tuple(TWIN[i] for i in last.pictures), ending)
             case Prepare(pictures, cancelled):
                 self.prepare(pictures, cancelled)
             case Undo(turns):
@@ -344,7 +123,7 @@ class Played:
                 session.rewind(turns)
                 del branch.turns[len(branch.turns) - turns :]
             case Drop(index):
-                self.drop(index % len(shown))
+                self.drop(index % len(session.images))
             case Fork():
                 self.branch = replace(branch, session=session.fork(), turns=[*branch.turns])
                 self.branches.append(self.branch)
@@ -357,6 +136,28 @@ class Played:
                 branch.system = text
             case Resume():
                 self.resume()
+
+    def possible(self, operation: Operation) -> Operation:
+        """Return the operation; a question instead, if it has nothing to work on."""
+        turns = self.branch.turns
+        if isinstance(operation, Fork) and len(self.branches) == MAX_BRANCHES:
+            return Switch(self.branches.index(self.branch) + 1)
+        if isinstance(operation, (Retry, Edit, Undo)) and not turns:
+            return Ask("What is this?", (0,))
+        if isinstance(operation, Swap) and not (turns and turns[-1].pictures):
+            return Ask("What do you see?", (1,))
+        if isinstance(operation, Drop) and not any(turn.pictures for turn in turns):
+            return Ask("What is this?", (4,))
+        return operation
+
+    def edit(self, text: str, pictures: tuple[int, ...] | None, ending: Ending) -> None:
+        """Ask in place of the last question."""
+        session, turns = self.branch.session, self.branch.turns
+        given = None if pictures is None else self.given(pictures)
+        kept = turns[-1].pictures if pictures is None else pictures
+        self.answer(
+            lambda **how: session.edit(text, given, **how), turns[:-1], Turn(text, kept, ""), ending
+        )
 
     def given(self, pictures: Sequence[int]) -> list[Any]:
         """Return pictures as a caller gives them: pixels, a file, or encoded at another side."""
@@ -383,12 +184,14 @@ class Played:
         def cancelled() -> bool:
             nonlocal asks
             asks += 1
+            if ending.by == "raised" and asks > ending.at:
+                raise Interrupted
             return ending.by == "cancelled" and asks > ending.at
 
         how = {"max_tokens": MAX_TOKENS, "sampling": sampling, "cancelled": cancelled}
         asked = self.asked(past, turn)
         # It is asked before each picture.
-        early = ending.by == "cancelled" and ending.at < len(turn.pictures)
+        early = ending.by in ("cancelled", "raised") and ending.at < len(turn.pictures)
         seen = turn.pictures[: ending.at] if early else turn.pictures
         new = {index for index in seen if POOL[index].side is None} - self.known
         self.known |= new
@@ -397,7 +200,7 @@ class Played:
                 list(start(**how))
             return
         with watched() as work:
-            events = _read(
+            events = read(
                 start(**how, keep_partial=ending.keep_partial),
                 ending.at if ending.by == "closed" else None,
             )
@@ -405,8 +208,9 @@ class Played:
         if not self.answers_only:
             assert work.pictures == len(new)
         if early:
-            assert [type(event) for event in events] == [fv.Finished]
-            assert (answer.reason, work.positions) == ("cancelled", 0)
+            assert work.positions == 0
+            assert not answer.ids
+            assert answer.reason == ("cancelled" if ending.by == "cancelled" else None)
             return
         assert asked is not None
         reused = common(self.branch.held, asked.positions)
@@ -447,9 +251,10 @@ class Played:
             branch.held = [*asked.positions, *answer.ids[:-1]]
             self.tally.answers += 1
             self.tally.reused += reused
-        elif ending.by == "cancelled":
+        elif ending.by in ("cancelled", "raised"):
             branch.held = asked.positions[:reused]
-        if answer.whole or (ending.keep_partial and turn.answer):
+        left = ending.keep_partial and ending.by != "raised" and turn.answer
+        if answer.whole or left:
             branch.turns = [*asked.kept, turn]
 
     def check_counts(self, answer: Answer, asked: Asked, reused: int, work: Work) -> None:
@@ -509,11 +314,7 @@ class Played:
         if len(wanted) >= self.conversation.limit:
             assert computed == 0
             return
-        # The question's text, joined with what is before it in its message, is not known yet.
-        start = self.engine.pipeline.processor.tokenizer.control_id(IM_START.token)
-        fixed = [at for at, p in enumerate(wanted) if p == start][-2:-1]
-        fixed += [at for at, p in enumerate(wanted) if isinstance(p, tuple)]
-        certain = max(fixed) + 1
+        certain = self.reference.certain(wanted)
         reused = common(branch.held, wanted[: certain + 1])
         assert computed == (0 if cancelled else certain - reused)
         if reused < certain:
@@ -573,16 +374,3 @@ class Played:
             for image, index in zip(session.images, shown, strict=True):
                 assert image.pixels is not None
                 assert np.array_equal(image.pixels, self.reference.pixels(index))
-
-
-def _read(stream: Generator[ChatEvent, None, None], closed_at: int | None) -> list[ChatEvent]:
-    """Read a stream to its end, or close it once it gave `closed_at` tokens."""
-    events = []
-    tokens = 0
-    for event in stream:
-        events.append(event)
-        tokens += len(event.token_ids) if isinstance(event, fv.TextDelta) else 0
-        if closed_at is not None and tokens >= closed_at and not isinstance(event, fv.Finished):
-            break
-    stream.close()
-    return events
