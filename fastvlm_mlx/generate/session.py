@@ -9,8 +9,8 @@ Going back, asking again, editing, dropping a picture and forking change the tra
 the cache can still give is found by the same comparison. The transcript changes only when an
 answer is whole, or is kept as far as it came.
 
-Bytes held: the transcript; the cache's buffers, for at most the context's positions rounded up to
-256; and of each picture still in the transcript its pixels, 12,288 bytes a position, and features.
+Bytes held: the transcript; the cache's buffers, for at most the context's positions and 255 more;
+and of each picture still in the transcript its pixels, 12,288 bytes a position, and features.
 
 Knows no terminal, and of files only that a session can be written to one.
 """
