@@ -40,9 +40,13 @@ def between(chat: Chat, question: str) -> list[str]:
 
 @pytest.fixture
 def held_back(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A model that is loading until the function is called."""
+    """A model that is loading until the function is called.
+
+    The file is one that Python reads: tokenizers would wait for its own without letting go of the
+    interpreter, and no other thread could do anything.
+    """
     folder = copy_of_demo(tmp_path / "held")
-    file = folder / "tokenizer.json"
+    file = folder / "config.json"
     content = file.read_bytes()
     file.unlink()
     os.mkfifo(file)
@@ -268,7 +272,7 @@ def test_a_model_that_cannot_be_loaded_ends_in_one_line_and_says_what_was_typed(
     terminal.wait_for_prompt()
     terminal.enter("What number is this?")
     terminal.wait_for("Ctrl-C: not now")
-    (folder / "tokenizer.json").write_text("{")
+    (folder / "config.json").write_text("{")
     assert terminal.wait_for_end() == 2
     assert "not asked: What number is this?" in terminal.text
     assert terminal.text.count("fastvlm: error: ") == 1 and "Traceback" not in terminal.text
