@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from fastvlm_mlx.terminal.attached import Attached
 from fastvlm_mlx.terminal.safe_text import safe
+from fastvlm_mlx.terminal.status import cells
 
 if TYPE_CHECKING:
     from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
@@ -34,11 +35,11 @@ class Screen:
         return shutil.get_terminal_size().lines
 
     def say(self, line: str, style: str = "") -> None:
-        """Write a whole line, made harmless."""
-        line = safe(line)
-        if style and self.color:
-            line = f"\x1b[{style}m{line}\x1b[0m"
-        self._out.write(line + "\n")
+        """Write a text, made harmless, in as many lines as it needs."""
+        lines = [part for whole in safe(line).split("\n") for part in folded(whole, self.columns())]
+        for part in lines:
+            styled = style and self.color
+            self._out.write(f"\x1b[{style}m{part}\x1b[0m\n" if styled else f"{part}\n")
         self._out.flush()
 
     def show(self, picture: Attached) -> None:
@@ -57,3 +58,19 @@ class Screen:
         from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
 
         return MarkdownStream(self._out, columns=self.columns, rows=self.rows, color=self.color)
+
+
+def folded(line: str, columns: int) -> list[str]:
+    """Return the line in parts of fewer than `columns` cells, broken between words where it can."""
+    room = max(columns - 1, 2)  # a wide character takes two
+    parts: list[str] = []
+    start = used = 0
+    for at, char in enumerate(line):
+        used += cells(char)
+        if used > room:
+            blank = line.rfind(" ", start, at + 1)
+            end = blank if line[start:blank].strip() and blank > start else at
+            parts.append(line[start:end].rstrip())
+            start = blank + 1 if end == blank else end
+            used = cells(line[start : at + 1])
+    return [*parts, line[start:]]

@@ -45,7 +45,7 @@ def status_line(facts: StatusFacts, columns: int) -> str:
     line = _cut(fields[0], columns)
     for field in fields[1:]:
         longer = line + _BETWEEN + field
-        if _cells(longer) > columns:
+        if cells(longer) > columns:
             break
         line = longer
     return line
@@ -114,7 +114,7 @@ def stats_rows(session: SessionFacts, last: Stats | None = None) -> list[tuple[s
 
 def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
     """Return the rows as two columns, each line at most `columns` cells."""
-    width = max((_cells(name) for name, _ in rows), default=0)
+    width = max((cells(name) for name, _ in rows), default=0)
     return [_cut(f"{name:<{width}}  {value}", columns) for name, value in rows]
 
 
@@ -144,7 +144,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _cells(text: str) -> int:
+def cells(text: str) -> int:
     """Return how many cells of a terminal text takes."""
     return sum(_width(char) for char in text)
 
@@ -157,7 +157,7 @@ def _width(char: str) -> int:
 
 def _cut(text: str, columns: int) -> str:
     """Return text, its end replaced by an ellipsis if it is wider than `columns` cells."""
-    if _cells(text) <= columns:
+    if cells(text) <= columns:
         return text
     if columns < 1:
         return ""
