@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import fastvlm_mlx as fv
 from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError, SessionError
 from fastvlm_mlx.events import Finished, TextDelta, TurnsDropped
-from fastvlm_mlx.terminal.answers import Answer
+from fastvlm_mlx.terminal.answers import Answer, Hold, Kind, Request
 from fastvlm_mlx.terminal.attached import PictureForm
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.live_session import Opening
@@ -212,14 +213,32 @@ def test_a_retry_stopped_before_its_first_token_keeps_the_old_turn(
 def test_forgetting_and_the_first_token_at_once_never_disagree(chat: Conversation) -> None:
     """The reader's stop and the model's first token race; the transcript must be as was said."""
     turns = 0
-    for _ in range(30):
+    chat.ready()
+    for tries in range(40):
         answer = chat.ask("What is this?", typed="What is this?")
+        time.sleep(tries / 4000)
         forgotten = answer.stop()
         for _event in () if forgotten else answer:
             pass
         chat.settle(answer)
         turns += answer.kept
         assert chat._model.call(lambda _: chat._live.session.turn_count).result(WAIT_S) == turns
+
+
+@pytest.mark.parametrize("kind", ["ask", "retry", "edit"])
+def test_a_first_token_that_comes_after_the_stop_is_forgotten(
+    chat: Conversation, kind: Kind
+) -> None:
+    """The model asks between its passes whether to stop, and most prompts are one pass."""
+    say(chat, f"{CIRCLE} What is this?")
+    hold = Hold()
+    assert hold.stop()
+    hold.cancelled = lambda: False  # type: ignore[method-assign] (it was asked just before)
+    request = Request(kind=kind, text="And now?", settings=chat.settings)
+    events = chat._model.call(lambda engine: list(chat._live.answer(engine, request, hold)))
+    assert events.result(WAIT_S) == []
+    assert chat.ready().session.turns == 1
+    assert chat.ready().last_question == "What is this?"
 
 
 def test_an_error_keeps_pictures_and_question(chat: Conversation) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -76,6 +77,8 @@ def test_leaving_early_closes_the_work_and_later_work_is_done(model: ModelThread
 
     events = model.stream(endless)
     assert [next(events), next(events)] == [0, 1]
+    while events._room._value:  # until the model waits for room
+        time.sleep(0.001)
     events.leave()
     assert closed.wait(WAIT_S)
     assert list(events) == []
