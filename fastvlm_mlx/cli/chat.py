@@ -152,7 +152,7 @@ def _interactive(
 
     def run(chat: Conversation) -> int:
         # Lines of the log must not be written into the prompt.
-        shown = _Shown(chat.say)
+        shown = _Shown(chat.news.say)
         before = log.handlers[:]
         log.handlers[:] = [shown]
         try:
@@ -228,7 +228,7 @@ def _chat(
         if not _left(chat):
             # A thread inside MLX, or a download, would hold up or abort the interpreter's end.
             atexit.register(_end_now, chat, code)
-    for note in chat.take_notes():
+    for note in chat.news.take():
         click.echo(f"fastvlm: {one_line(note)}", err=True)
     return code
 

@@ -62,7 +62,7 @@ class App:
             pictures=self._picture_names,
         )
         chat.wait = self._wait
-        chat.changed = self._refresh
+        chat.news.changed = self._refresh
         chat.opened.add_done_callback(self._hear_opened)
 
     def run(self, pictures: tuple[Attached, ...] = ()) -> int:
@@ -150,7 +150,7 @@ class App:
     def _refresh(self) -> None:
         """Show what is new while the prompt is; from any thread."""
         if self._prompting:
-            for note in self._chat.take_notes():
+            for note in self._chat.news.take():
                 self._input.show(note)
         self._input.refresh()
 
@@ -249,7 +249,7 @@ class App:
                 self._screen.say(f"{picture.name} {picture.width}x{picture.height}")
 
     def _show_notes(self) -> None:
-        for note in self._chat.take_notes():
+        for note in self._chat.news.take():
             self._screen.say(note)
 
     def _say_error(self, error: FastVLMError) -> None:

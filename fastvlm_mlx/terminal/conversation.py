@@ -6,20 +6,19 @@ so it is the same in a terminal and in a pipe. Use it from one thread.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.events import Stats
 from fastvlm_mlx.terminal.answers import Answer, Hold, Kind, Request
 from fastvlm_mlx.terminal.attached import Attached, PictureForm
+from fastvlm_mlx.terminal.kept_file import KeptFile
 from fastvlm_mlx.terminal.live_session import Facts, LiveSession, Opening
 from fastvlm_mlx.terminal.model_thread import ModelThread
+from fastvlm_mlx.terminal.news import News
 from fastvlm_mlx.terminal.settings import Settings
 from fastvlm_mlx.terminal.status import StatusFacts
 
@@ -28,11 +27,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Load = Callable[[Callable[[str], None], Callable[[int, int, str], None]], "Engine"]
+
 _LEAVING_S = 0.5
-
-
-Say = Callable[[str], None]
-Progress = Callable[[int, int, str], None]
 
 
 class Wait(Protocol):
@@ -46,13 +43,12 @@ class Conversation:
 
     `load` makes the engine, in the model's thread, with what is told meanwhile: lines for the
     user, and (bytes so far, bytes in all, what).
-    `changed` is called, from any thread, when the status has; `wait` is how to wait for the model.
-    `given_up` is the file to be loaded in place of turns that were not saved, once that was said.
+    `wait` is how to wait for the model, `news` what it tells meanwhile, `kept` the session's file.
     """
 
     def __init__(
         self,
-        load: Callable[[Say, Progress], Engine],
+        load: Load,
         *,
         name: str,
         settings: Settings,
@@ -65,58 +61,27 @@ class Conversation:
         self.pending: list[Attached] = []
         self.facts: Facts | None = None
         self.last: Stats | None = None
-        self.file = opening.file
-        self.unsaved = False
-        self.given_up: Path | None = None
-        self.changed: Callable[[], None] = lambda: None
+        self.news = News()
         self.wait: Wait = lambda future: future.result()
-        self._autosaves = opening.file is not None
         self._live = LiveSession(opening, form, self._publish)
-        self._loading = ""
-        self._notes: SimpleQueue[str] = SimpleQueue()
-        self._bug: BaseException | None = None
         self._answer: Answer | None = None
         self._ending: Future[None] | None = None
         self._left = False
         self._preparing: Hold | None = None
-        self._saving: Future[None] | None = None
-        self._save_error = ""
-        self._since = time.perf_counter()
-        self._load_ms: float | None = None
-        self._model = model = ModelThread(lambda: load(self.say, self._report))
-        model.loaded.add_done_callback(self._hear_loaded)
+        self._model = model = ModelThread(lambda: load(self.news.say, self.news.report))
+        model.loaded.add_done_callback(self.news.hear_loaded)
+        self.kept = KeptFile(opening.file, model, self._live, self.news)
         self.opened = model.call(lambda engine: self._live.open(engine, settings))
         self.opened.add_done_callback(self._hear_opened)
-        self._watch(model.call(self._live.warm_up))
+        self.news.watch(model.call(self._live.warm_up))
         self._prepare()
 
     # ---- what the model's thread tells
 
-    def _report(self, done: int, total: int, what: str) -> None:
-        """Hear how far loading is, in any thread."""
-        percent = f"{100 * done // total}%" if total else ""
-        self._loading = percent if what == "Loading weights" else f"{what} {percent}".rstrip()
-        self.changed()
-
-    def say(self, line: str) -> None:
-        """Keep a line until there is a place to show it; any thread may call it."""
-        self._notes.put(line)
-        self.changed()
-
-    def take_notes(self) -> list[str]:
-        """Return what was said in the background since the last time; any thread may ask."""
-        notes: list[str] = []
-        while True:
-            try:
-                notes.append(self._notes.get_nowait())
-            except Empty:
-                break
-        return notes
-
     def check(self) -> None:
         """Raise what went wrong in the background: a load that failed, a bug."""
-        if self._bug is not None:
-            raise self._bug
+        if self.news.bug is not None:
+            raise self.news.bug
         if self.opened.done():
             self.opened.result()
 
@@ -126,7 +91,7 @@ class Conversation:
         facts, last = self.facts, self.last
         if facts is None:
             return StatusFacts(
-                model=self.name, loading=self._loading, pending_images=len(self.pending)
+                model=self.name, loading=self.news.loading, pending_images=len(self.pending)
             )
         return StatusFacts(
             model=self.name,
@@ -140,11 +105,6 @@ class Conversation:
             pending_images=len(self.pending),
             stopping=self._ending is not None and not self._ending.done(),
         )
-
-    @property
-    def load_ms(self) -> float | None:
-        """How long loading took; None while it goes on."""
-        return self._load_ms
 
     def ready(self) -> Facts:
         """Wait until the session is open; return its facts.
@@ -161,7 +121,7 @@ class Conversation:
         """Let pictures wait for the next question, and be encoded meanwhile."""
         self.pending += pictures
         for picture in pictures:
-            self._watch(self._model.call(partial(self._live.encode, picture=picture)))
+            self.news.watch(self._model.call(partial(self._live.encode, picture=picture)))
         self._prepare()
 
     def drop(self, index: int) -> None:
@@ -205,7 +165,7 @@ class Conversation:
             self._stop_preparing()
         hold = Hold()
         events = self._model.stream(lambda engine: self._live.answer(engine, request, hold))
-        events.ended.add_done_callback(lambda _: self.changed())
+        events.ended.add_done_callback(lambda _: self.news.changed())
         self._answer = Answer(request, events, hold)
         return self._answer
 
@@ -218,7 +178,7 @@ class Conversation:
         if answer.kept:
             asked = {picture.key for picture in answer.request.pictures}
             self.pending = [picture for picture in self.pending if picture.key not in asked]
-            self._hear_change()
+            self.kept.hear_change()
         if self.pending:
             self._prepare()
 
@@ -251,9 +211,7 @@ class Conversation:
         """Write the session now. Raises FastVLMError."""
         self.ready()
         self._do(lambda engine: self._live.save(engine, file))
-        self.unsaved = False
-        if not self._autosaves:
-            self.file = file
+        self.kept.hear_written(file)
 
     def load(self, file: Path) -> list[str]:
         """Go on with the session in a file, which is the one kept from now on.
@@ -262,7 +220,8 @@ class Conversation:
         """
         self.ready()
         lines = self._do(lambda engine: self._live.load(engine, file, self.settings))
-        self.file, self.unsaved, self.last = file, False, None
+        self.kept.hear_read(file)
+        self.last = None
         self._prepare()
         return lines
 
@@ -279,14 +238,13 @@ class Conversation:
         self._stop_preparing()
         if self._answer is not None:
             self._answer.leave()
-            self._answer, self.unsaved = None, True
+            self._answer = None
+            self.kept.hear_change()
         if not self._model.loaded.done():
             return self._model.close(timeout_s=0)
-        saving = self._saving
-        if self._autosaves and self.unsaved and (saving is None or saving.done()):
-            self._save_later()
+        self.kept.save_rest()
         ended = self._model.close(timeout_s=_LEAVING_S)
-        while not ended and self._saving is not None and not self._saving.done():
+        while not ended and self.kept.saving:
             ended = self._model.close(timeout_s=_LEAVING_S)
         return ended
 
@@ -300,7 +258,7 @@ class Conversation:
     def _change(self, work: Callable[[Engine], None]) -> None:
         self.ready()
         self._do(work)
-        self._hear_change()
+        self.kept.hear_change()
         self._prepare()
 
     def _do(self, work: Callable[[Engine], T]) -> T:
@@ -310,66 +268,25 @@ class Conversation:
             return self.wait(future)
         except KeyboardInterrupt:
             if not future.cancel():
-                self.unsaved = True  # it is under way, and will be done
+                self.kept.hear_change()  # it is under way, and will be done
             raise
-
-    def _hear_change(self) -> None:
-        self.unsaved, self.given_up = True, None
-        if self._autosaves:
-            self._save_later()
-
-    def _save_later(self) -> None:
-        file = self.file
-        assert file is not None
-        self._saving = self._model.call(lambda engine: self._live.save(engine, file))
-        self._saving.add_done_callback(self._hear_saved)
-
-    def _hear_saved(self, future: Future[None]) -> None:
-        error = None if future.cancelled() else future.exception()
-        if error is None:
-            self.unsaved, self._save_error = False, ""
-            return
-        self.unsaved = True
-        if not isinstance(error, FastVLMError):
-            self._bug = error
-        elif str(error) != self._save_error:
-            self._save_error = str(error)
-            self.say(f"the conversation was not saved: {error}")
 
     def _prepare(self) -> None:
         """Have the turns so far and the pictures that wait prefilled, until there is a question."""
         self._stop_preparing()
         hold, pictures = Hold(), tuple(self.pending)
         self._preparing = hold
-        self._watch(self._model.call(lambda engine: self._live.prepare(engine, pictures, hold)))
+        self.news.watch(self._model.call(lambda engine: self._live.prepare(engine, pictures, hold)))
 
     def _stop_preparing(self) -> None:
         if self._preparing is not None:
             self._preparing.stop()
 
-    def _watch(self, future: Future[Any]) -> None:
-        """Hear of a bug in work that nobody waits for.
-
-        A user's mistake is said when the question is asked, which needs the same work; a load that
-        failed is said by `opened`.
-        """
-
-        def hear(done: Future[Any]) -> None:
-            error = None if done.cancelled() else done.exception()
-            if error is not None and not isinstance(error, FastVLMError):
-                self._bug = error
-
-        future.add_done_callback(hear)
-
     def _hear_opened(self, opened: Future[list[str]]) -> None:
         for line in opened.result() if opened.exception() is None else ():
-            self.say(line)
-        self.changed()
-
-    def _hear_loaded(self, _loaded: Future[None]) -> None:
-        self._load_ms = (time.perf_counter() - self._since) * 1000
-        self.changed()
+            self.news.say(line)
+        self.news.changed()
 
     def _publish(self, facts: Facts) -> None:
         self.facts = facts
-        self.changed()
+        self.news.changed()

@@ -112,7 +112,7 @@ class PlainChat:
             self._say(cut_line(answer))
 
     def _notes(self) -> None:
-        for note in self._chat.take_notes():
+        for note in self._chat.news.take():
             self._say(note)
 
     def _say(self, line: str) -> None:

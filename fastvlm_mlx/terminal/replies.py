@@ -57,7 +57,7 @@ def picture_line(chat: Conversation, picture: Attached) -> str:
     facts = chat.facts
     if facts is not None:
         line += f", {facts.positions_per_picture} positions"
-    if facts is None and chat.file is not None:
+    if facts is None and chat.kept.path is not None:
         return line  # the file's pictures come first, and are not counted yet
     before = len(facts.pictures) if facts is not None else 0
     return f"[{before + chat.pending.index(picture) + 1}] {line}"
@@ -169,12 +169,12 @@ def _set(chat: Conversation, typed: Typed, columns: int) -> Reply:
 
 
 def _stats(chat: Conversation, columns: int) -> Reply:
-    session = replace(chat.ready().session, load_ms=chat.load_ms)
+    session = replace(chat.ready().session, load_ms=chat.news.load_ms)
     return Reply(lines=tuple(stats_lines(stats_rows(session, chat.last), columns)))
 
 
 def _save(chat: Conversation, typed: Typed) -> Reply:
-    file = typed_path(typed.argument) if typed.argument else chat.file
+    file = typed_path(typed.argument) if typed.argument else chat.kept.path
     if file is None:
         raise PromptError("/save needs a FILE to write to")
     chat.save(file)
@@ -186,8 +186,8 @@ def _load(chat: Conversation, typed: Typed) -> Reply:
     if not file.is_file():
         raise PromptError(f"{one_line(str(file))}: no such file")
     turns = chat.ready().session.turns
-    if chat.unsaved and turns and chat.given_up != file:
-        chat.given_up = file
+    if chat.kept.unsaved and turns and chat.kept.given_up != file:
+        chat.kept.given_up = file
         what = f"the conversation of {turns} turn{'s' if turns > 1 else ''} was not saved"
         return Reply(
             lines=(f"{what}: /save FILE keeps it, the same /load again gives it up",),

@@ -358,10 +358,10 @@ def test_a_session_is_kept_after_every_turn_and_gone_on_with(
     first = open_chat(file=file)
     said = say(first, f"{CIRCLE} What is this?")
     assert first.leave()
-    assert not first.unsaved
+    assert not first.kept.unsaved
     second = open_chat(file=file)
     assert second.ready().session.turns == 1
-    assert second.take_notes() == []
+    assert second.news.take() == []
     assert say(second, "/retry") == said
     assert second.leave()
 
@@ -386,14 +386,14 @@ def test_a_save_that_fails_is_said_once_and_the_chat_goes_on(
     chat = open_chat(file=file)
     for _ in range(3):
         say(chat, "What is this?")
-    assert chat._saving is not None and chat._saving.exception(WAIT_S) is not None
-    notes = [note for note in chat.take_notes() if "not saved" in note]
+    assert chat.kept._last is not None and chat.kept._last.exception(WAIT_S) is not None
+    notes = [note for note in chat.news.take() if "not saved" in note]
     assert len(notes) == 1
-    assert chat.unsaved
+    assert chat.kept.unsaved
     file.parent.mkdir()
     say(chat, "And now?")
-    chat._saving.result(WAIT_S)
-    assert not chat.unsaved
+    chat.kept._last.result(WAIT_S)
+    assert not chat.kept.unsaved
 
 
 def test_a_file_that_is_no_session_is_refused_and_left_alone(
@@ -421,14 +421,14 @@ def test_a_damaged_file_is_kept_beside_before_the_first_save(
     damaged = file.read_bytes()
     chat = open_chat(file=file)
     chat.ready()
-    assert any("trip.chat" in note for note in chat.take_notes())
+    assert any("trip.chat" in note for note in chat.news.take())
     assert not file.with_name("trip.chat.damaged").exists()
     say(chat, "And now?")
     chat.leave()
     assert file.with_name("trip.chat.damaged").read_bytes() == damaged
     again = open_chat(file=file)
     assert again.ready().session.turns == 2
-    assert again.take_notes() == []
+    assert again.news.take() == []
 
 
 def test_loading_over_unsaved_turns_asks_for_the_same_command_again(
