@@ -104,7 +104,10 @@ class App:
     def _do(self, line: str) -> str:
         """Do what a line says; return what is to be offered for the next."""
         self._check(line)
-        said = reply(self._chat, line, columns=self._screen.columns())
+        with ExitStack() as stack:
+            if "://" in line:  # a download may take its time
+                stack.enter_context(self._screen.new_stream()).wait("reading…")
+            said = reply(self._chat, line, columns=self._screen.columns())
         self._show_pictures(said.pictures)
         for text in said.lines:
             self._screen.say(text)
