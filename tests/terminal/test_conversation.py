@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -24,6 +26,7 @@ CIRCLE = PICTURES / "red_circle.png"
 CROSSES = PICTURES / "three_crosses_and_a_star.png"
 WAIT_S = 60
 
+T = TypeVar("T")
 Open = Callable[..., Conversation]
 
 
@@ -223,6 +226,50 @@ def test_forgetting_and_the_first_token_at_once_never_disagree(chat: Conversatio
         chat.settle(answer)
         turns += answer.kept
         assert chat._model.call(lambda _: chat._live.session.turn_count).result(WAIT_S) == turns
+
+
+def test_an_answer_nobody_began_to_read_is_stopped_and_kept_or_not_as_one(
+    chat: Conversation,
+) -> None:
+    """Ctrl-C between the question's sending and its answer's drawing left a turn nobody saw."""
+    release = busy(chat)
+    reply(chat, f"{CIRCLE} What is this?")
+    chat.abandon()
+    release.set()
+    assert chat.ready().session.turns == 0 and len(chat.pending) == 1
+    answer = reply(chat, "What is this?").answer
+    assert answer is not None
+    answer.ended.result(WAIT_S)
+    chat.abandon()
+    assert answer.kept and chat.pending == []
+    assert chat.ready().session.turns == 1
+
+
+def test_ctrl_c_while_waiting_for_the_load_gives_up_the_command_only(open_chat: Open) -> None:
+    """Cancelling what was waited for would have cancelled the opening of the session."""
+    release = threading.Event()
+
+    def load(**_: object) -> fv.Engine:
+        release.wait(WAIT_S)
+        return fv.load("demo")
+
+    chat = open_chat(load=lambda say, progress: load())
+    patient = chat.wait
+
+    def interrupted(future: Future[T]) -> T:
+        raise KeyboardInterrupt
+
+    chat.wait = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        reply(chat, "/system Short.")
+    chat.wait = patient
+    release.set()
+    assert chat.ready().system == "You are a helpful assistant."
+    with pytest.raises(KeyboardInterrupt):
+        chat.wait = interrupted
+        reply(chat, "/system Short.")
+    chat.wait = patient
+    assert say(chat, "What is this?")
 
 
 @pytest.mark.parametrize("kind", ["ask", "retry", "edit"])
