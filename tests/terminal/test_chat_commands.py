@@ -179,3 +179,23 @@ def test_a_file_that_cannot_be_used_is_one_line_and_stays_as_it_is(
     second.assert_restored()
     assert file.read_bytes() == content
     assert [path for path in tmp_path.iterdir() if path.name != "home"] == [file]
+
+
+def test_of_a_session_cut_short_the_turns_are_kept_and_that_is_said(
+    chat: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "trip.chat"
+    first = chat(NUMBER_42, "--session", file)
+    first.wait_for_prompt()
+    first.ask("What number is this?")
+    first.quit()
+    cut = file.read_bytes()[:-5000]
+    file.write_bytes(cut)
+    second = chat("--session", file, columns=110)
+    second.wait_for("damaged")
+    second.wait_for_prompt()
+    assert re.search(r"^turns +1$", "\n".join(second.ask("/stats")), re.MULTILINE)
+    assert second.ask("Describe the image.")[0]
+    second.quit()
+    # The file as it was stays beside the new one.
+    assert [path.read_bytes() for path in tmp_path.glob("trip.chat.*")] == [cut]

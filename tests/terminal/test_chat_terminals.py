@@ -14,7 +14,6 @@ from tests.cli.command import spawn, wait
 from tests.terminal.chat_models import PICTURES
 from tests.terminal.screen import Chat
 
-pytestmark = pytest.mark.slow
 Start = Callable[..., Chat]
 
 NUMBER_42 = PICTURES / "number_42.png"
@@ -32,6 +31,7 @@ def conversation(chat: Chat) -> None:
     chat.ask("/help")
 
 
+@pytest.mark.slow
 def test_40_columns_are_enough(chat: Start) -> None:
     terminal = chat(NUMBER_42, columns=40)
     conversation(terminal)
@@ -42,6 +42,7 @@ def test_40_columns_are_enough(chat: Start) -> None:
     terminal.quit()
 
 
+@pytest.mark.slow
 def test_20_columns_and_6_rows_do_not_break_it(chat: Start) -> None:
     terminal = chat(NUMBER_42, columns=20, rows=6)
     terminal.wait_for_prompt()
@@ -51,6 +52,7 @@ def test_20_columns_and_6_rows_do_not_break_it(chat: Start) -> None:
     terminal.quit()
 
 
+@pytest.mark.slow
 def test_no_color_means_none(chat: Start) -> None:
     terminal = chat(NUMBER_42, env={"NO_COLOR": "1"})
     conversation(terminal)
@@ -59,6 +61,7 @@ def test_no_color_means_none(chat: Start) -> None:
     terminal.quit()
 
 
+@pytest.mark.slow
 def test_colours_are_used_where_there_are_any(chat: Start) -> None:
     terminal = chat(NUMBER_42)
     conversation(terminal)
@@ -76,6 +79,7 @@ def test_a_dumb_terminal_gets_lines_only(chat: Start) -> None:
     terminal.assert_restored()
 
 
+@pytest.mark.slow
 def test_plain_is_a_choice(chat: Start) -> None:
     terminal = chat("--plain", NUMBER_42)
     terminal.wait_for_prompt()
@@ -93,6 +97,7 @@ def test_questions_through_a_pipe(home: Path) -> None:
     assert "Traceback" not in ran.err and "\x1b" not in ran.err
 
 
+@pytest.mark.slow
 def test_answers_into_a_file_while_the_questions_are_typed(chat: Start, tmp_path: Path) -> None:
     with (tmp_path / "answers.txt").open("wb") as out:
         terminal = chat(NUMBER_42, stdout=out)
@@ -105,6 +110,7 @@ def test_answers_into_a_file_while_the_questions_are_typed(chat: Start, tmp_path
     assert (tmp_path / "answers.txt").read_bytes() == b"42.\n"
 
 
+@pytest.mark.slow
 def test_questions_through_a_pipe_and_answers_on_a_terminal(chat: Start) -> None:
     terminal = chat(NUMBER_42, stdin=subprocess.PIPE)
     assert terminal.process.stdin is not None
@@ -115,6 +121,7 @@ def test_questions_through_a_pipe_and_answers_on_a_terminal(chat: Start) -> None
     terminal.assert_restored()
 
 
+@pytest.mark.slow
 def test_iterm2_is_sent_the_picture(chat: Start) -> None:
     terminal = chat(NUMBER_42, env={"TERM_PROGRAM": "iTerm.app"})
     terminal.wait_for_prompt()
@@ -124,6 +131,7 @@ def test_iterm2_is_sent_the_picture(chat: Start) -> None:
     terminal.quit()
 
 
+@pytest.mark.slow
 def test_kitty_is_sent_the_picture(chat: Start) -> None:
     terminal = chat(NUMBER_42, env={"KITTY_WINDOW_ID": "1", "TERM": "xterm-kitty"})
     terminal.wait_for_prompt()
@@ -147,6 +155,7 @@ def test_half_blocks_elsewhere_in_the_pictures_colours(chat: Start) -> None:
     terminal.quit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["iTerm.app", "xterm"])
 def test_no_preview_shows_none(chat: Start, program: str) -> None:
     terminal = chat(NUMBER_42, "--no-preview", env={"TERM_PROGRAM": program})
