@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.engine import EncodedImage, Engine, load
     from fastvlm_mlx.errors import FastVLMError
-    from fastvlm_mlx.events import Finished, Generation, Stats, TextDelta
-    from fastvlm_mlx.generate.session import ChatSession
+    from fastvlm_mlx.events import Finished, Generation, Stats, TextDelta, TurnsDropped
+    from fastvlm_mlx.generate.session import ChatSession, collect
     from fastvlm_mlx.sampling import Sampling
 
 __version__ = "0.1.0"
@@ -32,6 +32,8 @@ _HOMES = {
     "Sampling": "sampling",
     "Stats": "events",
     "TextDelta": "events",
+    "TurnsDropped": "events",
+    "collect": "generate.session",
     "load": "engine",
 }
 
@@ -46,6 +48,8 @@ __all__ = [
     "Sampling",
     "Stats",
     "TextDelta",
+    "TurnsDropped",
+    "collect",
     "load",
 ]
 

@@ -155,8 +155,9 @@ class Engine:
         Each picture is rendered as `<image>` and a newline before the text, as LLaVA does.
         `stop` strings end the answer and are not shown. `logprobs` adds each token's natural
         log-probability. `num_beams` above 1 searches beams (greedy scores, nothing streams).
-        `profile` fences the stages and times them instead of TTFT. `cancelled` is asked after
-        each token. Raises PromptError, ImageError, FetchError, ConfigError or FastVLMError.
+        `profile` fences the stages and times them instead of TTFT. `cancelled` is asked before each
+        pass of the prompt and after each token. Raises PromptError, ImageError, FetchError,
+        ConfigError or FastVLMError.
         """
         options = AnswerOptions(
             sampling=sampling,
@@ -202,19 +203,20 @@ class Engine:
     ) -> ChatSession:
         """Return the conversation that `ChatSession.save` wrote to `path`.
 
-        With the same model nothing is computed again. What is damaged or has to be computed again
-        is told to `say`, by default as a warning. Raises SessionError.
+        With the same model and packing nothing is computed again. What is damaged or has to be
+        computed again is told to `say`, by default as a warning. Raises SessionError, or
+        ConfigError for pictures that are not on this model's grid.
         """
         return ChatSession.resume(
             self.pipeline, path, sampling=sampling, overflow=overflow, kv_bits=kv_bits, say=say
         )
 
-    def warm_up(self) -> float:
-        """Run every kind of step once, so that the first answer is not slower than the next.
+    def warm_up(self, *, kv_bits: int | None = None) -> float:
+        """Answer once about a black picture, so that the first answer is hardly slower than others.
 
-        Returns milliseconds.
+        `kv_bits` is the chat's, if it packs its KV cache. Returns milliseconds.
         """
-        return self.pipeline.warm_up()
+        return self.pipeline.warm_up(kv_bits)
 
     def score(
         self,

@@ -20,8 +20,9 @@ class Stats:
     it is None in a profiled run or if no token came, and in a process's first call it includes
     warm-up. `decode_tps` is tokens per second after the first. `prompt_tokens` counts the whole
     prompt, of which the first `reused_tokens` were in the KV cache already; `encoded_images` counts
-    the pictures that went through the tower, those reused by digest left out. A beam search knows its first token only at its end:
-    `ttft_ms` and `prefill_ms` are then the whole search's, `decode_tps` is None.
+    the pictures that went through the tower, those reused by digest left out. A beam search knows
+    its first token only at its end: `ttft_ms` and `prefill_ms` are then the whole search's,
+    `decode_tps` is None.
     """
 
     preprocess_ms: float | None

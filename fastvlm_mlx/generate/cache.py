@@ -22,6 +22,8 @@ Position: TypeAlias = int | tuple[str, int]
 DEFAULT_FEATURE_BYTES = 256 * 2**20
 
 _PARTS = ("keys", "values")
+# Positions by which mlx-lm's buffers grow.
+_GROWTH = 256
 
 
 class FeatureCache:
@@ -64,6 +66,14 @@ class FeatureCache:
             self._drop(next(iter(self._features)))
             self.evictions += 1
 
+    def drop_failed(self) -> None:
+        """Forget what could not be computed after all: it would fail again wherever it is used."""
+        for digest, features in list(self._features.items()):
+            try:
+                mx.eval(features)
+            except Exception:  # whatever MLX raises; the answer that met it raised it too
+                self._drop(digest)
+
     def clear(self) -> None:
         """Forget everything but the counts."""
         self._features.clear()
@@ -79,7 +89,8 @@ class KVPrefix:
     """The KV of a conversation's beginning, and what each of its positions is.
 
     `layers` go to the loop, which advances them; `keep_common` before and `hold` after say what
-    they contain. Buffers grow by 256 positions and are kept when positions are forgotten.
+    they contain. Buffers grow by 256 positions, and are kept when positions are forgotten until
+    they have to grow again.
     """
 
     def __init__(self, decoder: Decoder, kv_bits: int | None = None) -> None:
@@ -132,23 +143,59 @@ class KVPrefix:
 
         Raises ValueError if a layer holds fewer.
         """
+        if len(positions) < len(self._held) and len(positions) % _GROWTH == 0:
+            self._cut(len(positions))
         rewind(self.layers, len(positions))
         self._held = list(positions)
+
+    def _cut(self, length: int) -> None:
+        """Let go of the buffers behind `length`, which mlx-lm would keep below what it adds.
+
+        It does so itself at any other length.
+        """
+        for layer in self.layers:
+            for part in _PARTS:
+                held = getattr(layer, part)
+                if held is None:
+                    continue
+                whole = isinstance(held, mx.array)
+                cut = tuple(a[..., :length, :] for a in ([held] if whole else held))
+                setattr(layer, part, (cut[0] if whole else cut) if length else None)
+
+    def is_sound(self) -> bool:
+        """Whether every layer can be computed and holds what is said to be held.
+
+        A failed evaluation would fail again, for ever; Ctrl-C may have come between the growth of
+        keys and of values.
+        """
+        length = len(self._held)
+        if any(layer.offset != length for layer in self.layers):
+            return False
+        for layer in self.layers:
+            lengths = {array.shape[2] for _, array in _arrays(layer)}
+            if len(lengths) > 1 or any(room < length for room in lengths):
+                return False
+        try:
+            mx.eval([layer.state for layer in self.layers])
+        except Exception:  # whatever MLX raises; the answer that met it raised it too
+            return False
+        return True
 
     def copy(self) -> KVPrefix:
         """Return a second prefix that shares this one's buffers until either is written to."""
         return self._with(self.export(), self._held)
 
-    def export(self) -> list[dict[str, mx.array]]:
-        """Return each layer's arrays, evaluated and cut to the positions held.
+    def export(self, length: int | None = None) -> list[dict[str, mx.array]]:
+        """Return each layer's arrays, evaluated and cut to the first `length` positions held.
 
         "keys" and "values" are [1, heads, positions, head_dim]; packed layers have "keys.0" (uint32
-        codes), "keys.1" (scales), "keys.2" (biases), and "values" alike. Empty if nothing is held.
+        codes), "keys.1" (scales), "keys.2" (biases), and "values" alike. Empty if there are none.
         """
-        if not self._held:
+        length = len(self._held) if length is None else length
+        if not length:
             return []
         layers = [
-            {name: array[..., : len(self._held), :] for name, array in _arrays(layer)}
+            {name: array[..., :length, :] for name, array in _arrays(layer)}
             for layer in self.layers
         ]
         mx.eval(layers)
@@ -202,11 +249,11 @@ class KVPrefix:
 
 def _arrays(layer: KVLayer) -> list[tuple[str, mx.array]]:
     """Return a layer's buffers by name; none if it was never written to."""
-    if layer.keys is None:
-        return []
     named = []
     for part in _PARTS:
         held = getattr(layer, part)
+        if held is None:
+            continue
         if isinstance(held, mx.array):
             named.append((part, held))
         else:

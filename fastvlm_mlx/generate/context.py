@@ -12,7 +12,7 @@ from typing import Literal
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.generate.cache import Position
 from fastvlm_mlx.generate.transcript import Turn
-from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.model.fastvlm import ShownImage
 from fastvlm_mlx.prompt.processor import ImageSlot, Processor, Prompt, Segment, TextIds
 from fastvlm_mlx.prompt.template import IM_START
 
@@ -33,7 +33,7 @@ class Fitted:
     positions: list[Position]
 
     @property
-    def images(self) -> tuple[EncodedImage, ...]:
+    def images(self) -> tuple[ShownImage, ...]:
         """All pictures, in order."""
         return tuple(image for turn in self.turns for image in turn.images)
 
@@ -50,7 +50,7 @@ def lay_out(
             positions += segment.ids
         else:
             image = next(images)
-            positions += [(image.digest, row) for row in range(image.features.shape[0])]
+            positions += [(image.digest, row) for row in range(image.positions)]
     return Fitted(tuple(turns), prompt, positions)
 
 
@@ -61,8 +61,8 @@ def fit(
 
     `turns` are the system's, then questions and answers in pairs, then the new question. With
     overflow "drop", room for `max_tokens` (at most a quarter of the context) is made by leaving
-    out the oldest pairs, whole, down to three quarters of the context. With "refuse" an answer
-    needs one position of room. Raises PromptError if there is no room.
+    out the oldest pairs, whole, down to three quarters of the context if the question leaves that
+    much. With "refuse" an answer needs one position of room. Raises PromptError if there is none.
     """
     whole = lay_out(processor, turns)
     used = len(whole.positions)
@@ -72,10 +72,11 @@ def fit(
         starts = _message_starts(processor, whole.positions)
         # An empty system message is not rendered.
         first = len(starts) - (len(turns) - 1)
+        freed = [starts[first + 2 * n] - starts[first] for n in range(1, pairs + 1)]
         wanted = used + answer - limit * _USED_AFTER_DROP
-        dropped = next(
-            (n for n in range(1, pairs) if starts[first + 2 * n] - starts[first] >= wanted), pairs
-        )
+        if freed[-1] < wanted:  # the question alone is longer: keep what can be kept
+            wanted = min(used + answer - limit, freed[-1])
+        dropped = 1 + next(n for n, positions in enumerate(freed) if positions >= wanted)
         whole = lay_out(processor, (turns[0], *turns[1 + 2 * dropped :]))
     used = len(whole.positions)
     if used >= limit:
@@ -96,7 +97,7 @@ def certain_length(processor: Processor, fitted: Fitted) -> int:
 def _message_starts(processor: Processor, positions: Sequence[Position]) -> list[int]:
     """Return where each message begins, by its control token, which no typed text can hold.
 
-    The last of them is where the answer begins.
+    Where the answer begins is none of them.
     """
     start = processor.tokenizer.control_id(IM_START.token)
     return [i for i, position in enumerate(positions) if position == start][:-1]
@@ -114,13 +115,13 @@ def _no_room(whole: Fitted, used: int, limit: int, overflow: Overflow) -> str:
     return f"the conversation takes {used} positions with this question, of {limit}: {advice}"
 
 
-def after(fitted: Fitted, start: int) -> tuple[Prompt, tuple[EncodedImage, ...]]:
+def after(fitted: Fitted, start: int) -> tuple[Prompt, tuple[ShownImage, ...]]:
     """Return the prompt's segments from position `start` on, and the pictures among them.
 
     `start` is not inside a picture.
     """
     segments: list[Segment] = []
-    kept: list[EncodedImage] = []
+    kept: list[ShownImage] = []
     images = iter(fitted.images)
     at = 0
     for segment in fitted.prompt.segments:
@@ -129,7 +130,7 @@ def after(fitted: Fitted, start: int) -> tuple[Prompt, tuple[EncodedImage, ...]]
             if at >= start:
                 segments.append(segment)
                 kept.append(image)
-            at += image.features.shape[0]
+            at += image.positions
         else:
             ids = segment.ids[max(0, start - at) :]
             if ids:

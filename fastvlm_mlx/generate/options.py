@@ -11,16 +11,16 @@ from typing import get_args
 
 from fastvlm_mlx.config import ImageMode
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
-from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.model.fastvlm import ShownImage
 from fastvlm_mlx.prompt.image import ImageSource, is_source
 from fastvlm_mlx.sampling import GREEDY, Sampling
 
-Picture = ImageSource | EncodedImage
+Picture = ImageSource | ShownImage
 
 
 def listed(images: Sequence[Picture]) -> tuple[Picture, ...]:
     """Return the pictures; raise ImageError for one given by itself, whose parts look like many."""
-    if isinstance(images, EncodedImage) or is_source(images):
+    if isinstance(images, ShownImage) or is_source(images):
         raise ImageError("images takes a list of pictures: write images=[...]")
     return tuple(images)
 
@@ -40,7 +40,8 @@ class ImageOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """How an answer is generated. `cancelled` is asked after each token.
+    """How an answer is generated. `cancelled` is asked before each pass of the prompt and
+    after each token.
 
     Raises FastVLMError for options that make no sense, alone or together.
     """

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import mlx.core as mx
@@ -26,7 +26,14 @@ from fastvlm_mlx.generate.clock import Clock, Meter
 from fastvlm_mlx.generate.loop import Step, generate_ids
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture
 from fastvlm_mlx.model.decoder import KVLayer
-from fastvlm_mlx.model.fastvlm import EncodedImage, FastVLM, pixel_digest
+from fastvlm_mlx.model.fastvlm import (
+    EncodedImage,
+    FastVLM,
+    ShownImage,
+    StoredImage,
+    features_digest,
+    pixel_digest,
+)
 from fastvlm_mlx.model.fingerprint import fingerprint
 from fastvlm_mlx.prompt.image import picture_name
 from fastvlm_mlx.prompt.processor import Processor, Prompt, TextIds
@@ -37,13 +44,17 @@ from fastvlm_mlx.sampling import GREEDY
 
 @dataclass(frozen=True, eq=False)
 class Pipeline:
-    """A loaded model with its processor and stop ids. `name` is what its user called it."""
+    """A loaded model with its processor and stop ids.
+
+    `name` is what its user called it; `origin` marks the pictures it encoded as its own.
+    """
 
     model: FastVLM
     processor: Processor
     stop_ids: frozenset[int]
     name: str = ""
     features: FeatureCache = field(default_factory=FeatureCache)
+    origin: object = field(default_factory=object)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -67,6 +78,8 @@ class Pipeline:
         """
         if isinstance(picture, EncodedImage):
             return self._own(picture)
+        if isinstance(picture, StoredImage):
+            return self._encoded(picture.pixels, picture.digest, picture.name, clock)
         since = time.perf_counter()
         vision = self.model.config.vision
         size = vision.image_size if options.resolution is None else options.resolution
@@ -76,24 +89,28 @@ class Pipeline:
         )
         digest = pixel_digest(pixels)
         clock.add("preprocess", since)
+        return self._encoded(pixels, digest, name or picture_name(picture), clock)
+
+    def look_up(
+        self, images: Sequence[ShownImage], clock: Clock, cancelled: Callable[[], bool]
+    ) -> tuple[EncodedImage, ...] | None:
+        """Return a transcript's pictures with their features; None if cancelled meanwhile.
+
+        `cancelled` is asked before each picture that is only stored so far.
+        """
+        encoded: list[EncodedImage] = []
+        for image in images:
+            if isinstance(image, StoredImage) and cancelled():
+                return None
+            encoded.append(self.encode(image, ImageOptions(), clock))
+        return tuple(encoded)
+
+    def _encoded(self, pixels: np.ndarray, digest: str, name: str, clock: Clock) -> EncodedImage:
         features = self.features.get(digest)
         if features is None:
             features = self._features(pixels, clock)
             self.features.put(digest, features)
-        return EncodedImage(features, digest, pixels, name or picture_name(picture))
-
-    def reopen(self, pixels: np.ndarray, name: str) -> EncodedImage:
-        """Return a picture from its stored pixels [H,W,3]; the tower runs if it is looked at.
-
-        Raises ConfigError for a size off the grid.
-        """
-        self.model.config.vision.tokens(*pixels.shape[:2])
-        digest = pixel_digest(pixels)
-        features = self.features.get(digest)
-        if features is None:
-            features = self.model.encode_image(mx.array(pixels)[None])[0]
-            self.features.put(digest, features)
-        return EncodedImage(features, digest, pixels, name)
+        return EncodedImage(features, digest, pixels, name, self.origin)
 
     def _features(self, pixels: np.ndarray, clock: Clock) -> mx.array:
         """Return projected features [tokens, hidden] of one picture."""
@@ -119,7 +136,15 @@ class Pipeline:
                 f"an encoded image of shape {tuple(image.features.shape)} is not of this model "
                 f"([tokens, {hidden}]): encode the picture with it"
             )
-        return image
+        if image.origin is self.origin:
+            return image
+        if image.origin is not None:
+            raise PromptError(
+                "an encoded image is of another loaded model: encode the picture with this one"
+            )
+        # Made by hand: whatever digest it was given, the KV cache must know it by its features.
+        digest = features_digest(image.features)
+        return replace(image, digest=digest, origin=self.origin)
 
     def embed(self, prompt: Prompt, images: Sequence[EncodedImage]) -> mx.array:
         """Return embeddings [1, n, hidden]: the prompt with each picture in its slot, in order.
@@ -194,6 +219,9 @@ class Pipeline:
                 if options.cancelled():
                     reason = "cancelled"
                     break
+        except Exception:
+            self.features.drop_failed()
+            raise
         finally:
             steps.close()
         if meter.count == 0:
@@ -207,10 +235,11 @@ class Pipeline:
         """Return the end of a call that was cancelled before its prompt was read."""
         return Finished("cancelled", Meter(clock, 0, 0, streams=False).stats())
 
-    def warm_up(self) -> float:
-        """Run every kind of step once with a picture of the model's size; return milliseconds.
+    def warm_up(self, kv_bits: int | None = None) -> float:
+        """Answer once about a black picture of the model's size; return milliseconds.
 
-        Kernels are compiled and weights first read here instead of in the first answer.
+        Kernels are compiled and weights first read here instead of in the first answer, which may
+        still meet other sizes, and sampling.
         """
         since = time.perf_counter()
         size = self.model.config.vision.image_size
@@ -220,7 +249,7 @@ class Pipeline:
         steps = generate_ids(
             self.model.decoder,
             embeddings,
-            self.model.decoder.make_cache(),
+            self.model.decoder.make_cache(kv_bits),
             sampling=GREEDY,
             max_tokens=2,
             stop_ids=(),

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import mlx.core as mx
-
 from fastvlm_mlx.errors import SessionError
 from fastvlm_mlx.generate.cache import KVPrefix
+from fastvlm_mlx.generate.context import lay_out
 from fastvlm_mlx.generate.pipeline import Pipeline
 from fastvlm_mlx.generate.saved_kv import SavedKV
 from fastvlm_mlx.generate.session_file import SavedImage, SavedSession
-from fastvlm_mlx.generate.transcript import Transcript, Turn
-from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.generate.transcript import Transcript, Turn, without_slot
+from fastvlm_mlx.model.fastvlm import StoredImage
 from fastvlm_mlx.prompt.template import ImageMark, Message
 
-# Stands for a picture that a damaged file no longer has.
-_LOST = EncodedImage(mx.zeros((0, 0)), "")
+# Stands for the position after a transcript, which is like none in it.
+_AFTER = -1
 
 
 def to_saved(pipeline: Pipeline, transcript: Transcript, kv: KVPrefix) -> SavedSession:
-    """Return what is to be written of a conversation.
+    """Return what is to be written of a conversation, and nothing of what was taken back.
 
     Raises SessionError for a picture that was given as features, without its pixels.
     """
@@ -34,6 +33,8 @@ def to_saved(pipeline: Pipeline, transcript: Transcript, kv: KVPrefix) -> SavedS
             raise SessionError(
                 f"picture {number} was given as features, without pixels: it can't be saved"
             )
+    said = lay_out(pipeline.processor, transcript.turns, generation_prompt=False).positions
+    length = kv.common([*said, _AFTER])
     return SavedSession(
         messages=transcript.messages,
         images=tuple(SavedImage(i.digest, i.name, i.pixels) for i in transcript.images),
@@ -42,8 +43,8 @@ def to_saved(pipeline: Pipeline, transcript: Transcript, kv: KVPrefix) -> SavedS
             fingerprint=pipeline.fingerprint,
             bits=kv.kv_bits,
             group_size=kv.group_size,
-            positions=kv.positions,
-            layers=tuple(kv.export()),
+            positions=kv.positions[:length],
+            layers=tuple(kv.export(length)),
         ),
     )
 
@@ -59,15 +60,14 @@ def transcript_of(pipeline: Pipeline, saved: SavedSession) -> Transcript:
 
 def _turn(pipeline: Pipeline, message: Message, images: Iterator[SavedImage]) -> Turn:
     given = [next(images) for part in message.content if isinstance(part, ImageMark)]
-    shown = tuple(
-        pipeline.reopen(image.pixels, image.name) if image.pixels is not None else _LOST
-        for image in given
-    )
-    turn = Turn(message, shown)
-    for index in reversed(range(len(shown))):
-        if shown[index] is _LOST:
-            turn = turn.without_image(index)
-    return turn
+    shown: list[StoredImage] = []
+    for image in given:
+        if image.pixels is None:
+            message = without_slot(message, len(shown))
+        else:
+            positions = pipeline.model.config.vision.tokens(*image.pixels.shape[:2])
+            shown.append(StoredImage(image.pixels, image.digest, image.name, positions))
+    return Turn(message, tuple(shown))
 
 
 def kv_of(

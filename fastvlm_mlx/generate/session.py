@@ -21,6 +21,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import TypedDict, Unpack, get_args
 
 from fastvlm_mlx.errors import ConfigError, PromptError
@@ -33,7 +34,7 @@ from fastvlm_mlx.generate.resume import kv_of, to_saved, transcript_of
 from fastvlm_mlx.generate.session_file import read_session, write_session
 from fastvlm_mlx.generate.transcript import Transcript, Turn
 from fastvlm_mlx.generate.warm import WarmDecoder
-from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.model.fastvlm import ShownImage, StoredImage
 from fastvlm_mlx.prompt.sources import source_name
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 from fastvlm_mlx.sampling import GREEDY, Sampling
@@ -41,6 +42,8 @@ from fastvlm_mlx.sampling import GREEDY, Sampling
 log = logging.getLogger("fastvlm_mlx")
 
 Events = Generator[ChatEvent, None, None]
+# Gives a question when an answer to it begins; None if it was cancelled before.
+_Ask = Callable[[Clock, Callable[[], bool]], Turn | None]
 
 
 class TurnOptions(TypedDict, total=False):
@@ -74,7 +77,7 @@ class ChatSession:
         kv_bits: int | None = None,
     ) -> None:
         self.sampling = sampling
-        self.overflow: Overflow = overflow
+        self.overflow = overflow
         self.damage: tuple[str, ...] = ()
         self._pipeline = pipeline
         self._transcript = Transcript.begin(system)
@@ -123,8 +126,8 @@ class ChatSession:
         return self._transcript.messages
 
     @property
-    def images(self) -> tuple[EncodedImage, ...]:
-        """All pictures in the transcript, in order."""
+    def images(self) -> tuple[ShownImage, ...]:
+        """All pictures in the transcript, in order; any can be given to another question."""
         return self._transcript.images
 
     @property
@@ -153,6 +156,17 @@ class ChatSession:
     def max_positions(self) -> int:
         """Embedding positions of the model's context, the answer's included."""
         return self._pipeline.model.config.decoder.max_positions
+
+    @property
+    def overflow(self) -> Overflow:
+        """What happens when the context is full; setting it raises ConfigError for other words."""
+        return self._overflow
+
+    @overflow.setter
+    def overflow(self, overflow: Overflow) -> None:
+        if overflow not in get_args(Overflow):
+            raise ConfigError(f"overflow is refuse or drop, not {overflow!r}")
+        self._overflow: Overflow = overflow
 
     @property
     def kv_bits(self) -> int | None:
@@ -228,13 +242,13 @@ class ChatSession:
         closed early, the transcript stays at the last whole turn, or with `keep_partial` gains the
         question and what was answered so far, if anything. On an error it stays as it was.
 
+        Nothing happens, and nothing but options is checked, until the first event is asked for.
         Raises PromptError if the conversation does not fit the model's context (see `overflow`),
         or while another answer of this session is being read; ImageError or FetchError for a
         picture; FastVLMError for options that make no sense.
         """
         return self._answer(
-            text,
-            images,
+            partial(self._question, text, listed(images)),
             max_tokens=max_tokens,
             sampling=sampling,
             stop=stop,
@@ -244,12 +258,14 @@ class ChatSession:
         )
 
     def retry(self, **options: Unpack[TurnOptions]) -> Events:
-        """Answer the last question again; `stream` has the options.
+        """Answer the last question again; `stream` has the options. `collect` makes a whole of it.
 
         The earlier answer stays if this one fails, or is cancelled with nothing kept. Raises
         PromptError if nothing was asked yet.
         """
-        return self._answer(None, None, replace=True, **options)
+        return self._answer(
+            lambda _clock, _cancelled: self._transcript.last_question, replace=True, **options
+        )
 
     def edit(
         self,
@@ -261,7 +277,13 @@ class ChatSession:
 
         As with `retry`, the earlier question and answer stay unless there is a new answer.
         """
-        return self._answer(text, images, replace=True, **options)
+        given = None if images is None else listed(images)
+
+        def ask(clock: Clock, cancelled: Callable[[], bool]) -> Turn | None:
+            pictures = self._transcript.last_question.images if given is None else given
+            return self._question(text, pictures, clock, cancelled)
+
+        return self._answer(ask, replace=True, **options)
 
     def prepare(
         self, images: Sequence[Picture], cancelled: Callable[[], bool] = lambda: False
@@ -269,18 +291,21 @@ class ChatSession:
         """Prefill what is known of the next question: the turns so far and its pictures.
 
         For the time a user takes to type. Returns how many positions were computed, 0 if the
-        conversation is full. The transcript does not change; a question with other pictures is
-        answered as if this had not been. Raises as `stream` does for a picture.
+        conversation is full; `cancelled` is asked before each picture and each pass. The transcript
+        does not change; a question with other pictures is answered as if this had not been. Raises
+        as `stream` does for a picture.
         """
         self._require_idle()
-        pipeline = self._pipeline
-        clock = pipeline.start_clock(profile=False)
-        encoded = tuple(pipeline.encode(p, ImageOptions(), clock) for p in listed(images))
-        turn = Turn(user_message("", len(encoded)), encoded)
-        whole = lay_out(pipeline.processor, (*self._transcript.turns, turn))
+        clock = self._pipeline.start_clock(profile=False)
+        question = self._question("", listed(images), clock, cancelled)
+        if question is None:
+            return 0
+        processor = self._pipeline.processor
+        whole = lay_out(processor, (*self._transcript.turns, question))
         if len(whole.positions) >= self.max_positions:
             return 0
-        return self._warm.prepare(whole, certain_length(pipeline.processor, whole), cancelled)
+        length = certain_length(processor, whole)
+        return self._warm.prepare(whole, length, clock, cancelled)
 
     def _require_idle(self) -> None:
         if self._answering:
@@ -288,8 +313,7 @@ class ChatSession:
 
     def _answer(
         self,
-        question: str | None,
-        images: Sequence[Picture] | None,
+        ask: _Ask,
         *,
         replace: bool = False,
         max_tokens: int = 256,
@@ -299,34 +323,32 @@ class ChatSession:
         cancelled: Callable[[], bool] = lambda: False,
         keep_partial: bool = False,
     ) -> Events:
-        """Yield the answer to a question, which with the answer then ends the transcript.
-
-        With `replace` it takes the place of the last one, whose text and pictures it has where
-        they are None.
-        """
-        self._require_idle()
-        last = self._transcript.last_question if replace else None
-        past = self._transcript.without_last(1 if replace else 0).turns
+        """Return the answer to what `ask` gives, in place of the last question if `replace`."""
         options = AnswerOptions(
             sampling=sampling or self.sampling,
             max_tokens=max_tokens,
             stop=stop,
             cancelled=cancelled,
         )
+        return self._run(ask, replace, options, profile, keep_partial)
+
+    def _run(
+        self, ask: _Ask, replace: bool, options: AnswerOptions, profile: bool, keep_partial: bool
+    ) -> Events:
+        """Yield an answer; then it and its question are the transcript's end."""
+        self._require_idle()
+        past = self._transcript.before_last_question if replace else self._transcript
         text = ""
         fitted: Fitted | None = None
         self._answering = True
         try:
             clock = self._pipeline.start_clock(profile=profile)
-            pictures = last.images if last is not None and images is None else listed(images or ())
-            encoded = self._encoded(pictures, options, clock)
-            if encoded is None:
+            question = ask(clock, options.cancelled)
+            if question is None:
                 finished = self._pipeline.unanswered(clock)
             else:
-                message = last.message if question is None and last else None
-                turn = Turn(message or user_message(question or "", len(encoded)), encoded)
-                fitted = self._fitted((*past, turn), options.max_tokens)
-                dropped = _dropped(past, fitted)
+                fitted = self._fitted((*past.turns, question), options.max_tokens)
+                dropped = _dropped(past.turns, fitted)
                 if dropped is not None:
                     yield dropped
                 with closing(self._warm.answer(fitted, options, clock)) as events:
@@ -351,20 +373,25 @@ class ChatSession:
     def _commit(self, fitted: Fitted, answer: str) -> None:
         self._transcript = Transcript((*fitted.turns, Turn(Message("assistant", (answer,)))))
 
-    def _encoded(
-        self, pictures: Sequence[Picture], options: AnswerOptions, clock: Clock
-    ) -> tuple[EncodedImage, ...] | None:
-        """Return the pictures dispatched to the tower; None if cancelled before all were."""
-        encoded: list[EncodedImage] = []
+    def _question(
+        self,
+        text: str,
+        pictures: Sequence[Picture],
+        clock: Clock,
+        cancelled: Callable[[], bool],
+    ) -> Turn | None:
+        """Return a question, its new pictures dispatched to the tower; None if cancelled before."""
+        shown: list[ShownImage] = []
         for picture in pictures:
-            if options.cancelled():
+            if cancelled():
                 return None
-            encoded.append(self._pipeline.encode(picture, ImageOptions(), clock))
-        return tuple(encoded)
+            if isinstance(picture, StoredImage):  # encoded only if the KV cache lacks it
+                shown.append(picture)
+            else:
+                shown.append(self._pipeline.encode(picture, ImageOptions(), clock))
+        return Turn(user_message(text, len(shown)), tuple(shown))
 
     def _fitted(self, turns: Sequence[Turn], max_tokens: int) -> Fitted:
-        if self.overflow not in get_args(Overflow):
-            raise ConfigError(f"overflow is refuse or drop, not {self.overflow!r}")
         return fit(
             self._pipeline.processor,
             turns,

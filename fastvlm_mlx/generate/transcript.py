@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.model.fastvlm import EncodedImage
+from fastvlm_mlx.model.fastvlm import ShownImage
 from fastvlm_mlx.prompt.template import ImageMark, Message
 
 
@@ -18,26 +18,20 @@ class Turn:
     """One message and the pictures in its slots."""
 
     message: Message
-    images: tuple[EncodedImage, ...] = ()
+    images: tuple[ShownImage, ...] = ()
 
     def without_image(self, index: int) -> Turn:
-        """Return the turn without its picture `index` and the line's end that follows its slot."""
-        slot = [i for i, part in enumerate(self.message.content) if isinstance(part, ImageMark)]
-        after = slot[index] + 1
-        rest = self.message.content[after:]
-        if rest and rest[0] == "\n":
-            rest = rest[1:]
-        content = (*self.message.content[: slot[index]], *rest)
+        """Return the turn without its picture `index`."""
         images = (*self.images[:index], *self.images[index + 1 :])
-        return Turn(replace(self.message, content=content), images)
+        return Turn(without_slot(self.message, index), images)
 
     @property
     def text(self) -> str:
         """The message's text, without pictures and the line's end after each."""
-        turn = self
-        while turn.images:
-            turn = turn.without_image(0)
-        return "".join(part for part in turn.message.content if isinstance(part, str))
+        message = self.message
+        for _ in self.images:
+            message = without_slot(message, 0)
+        return "".join(part for part in message.content if isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +51,7 @@ class Transcript:
         return tuple(turn.message for turn in self.turns)
 
     @property
-    def images(self) -> tuple[EncodedImage, ...]:
+    def images(self) -> tuple[ShownImage, ...]:
         """All pictures, in order."""
         return tuple(image for turn in self.turns for image in turn.images)
 
@@ -72,6 +66,13 @@ class Transcript:
         if not self.pairs:
             raise PromptError("nothing was asked yet")
         return self.turns[-2]
+
+    @property
+    def before_last_question(self) -> Transcript:
+        """All that was said before it. Raises PromptError if there is none."""
+        if not self.pairs:
+            raise PromptError("nothing was asked yet")
+        return self.without_last(1)
 
     def with_system(self, text: str) -> Transcript:
         """Return the transcript behind another system message."""
@@ -97,6 +98,15 @@ class Transcript:
             place += 1
         changed = self.turns[place].without_image(index)
         return Transcript((*self.turns[:place], changed, *self.turns[place + 1 :]))
+
+
+def without_slot(message: Message, index: int) -> Message:
+    """Return a message without its image slot `index` and the line's end that follows it."""
+    slots = [i for i, part in enumerate(message.content) if isinstance(part, ImageMark)]
+    rest = message.content[slots[index] + 1 :]
+    if rest and rest[0] == "\n":
+        rest = rest[1:]
+    return replace(message, content=(*message.content[: slots[index]], *rest))
 
 
 def _system_turn(text: str) -> Turn:

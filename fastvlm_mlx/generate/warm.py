@@ -6,8 +6,8 @@ they share is found by comparing positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 
 import mlx.core as mx
 
@@ -32,21 +32,32 @@ class WarmDecoder:
     ) -> Generator[TextDelta | Finished, None, None]:
         """Prefill what the cache does not hold of a prompt, and yield the answer.
 
-        Afterwards, however it ends, the cache holds what is certainly right of prompt and answer.
+        However it ends, the cache then holds only what is certainly right of prompt and answer:
+        nothing at all if the layers could not be computed.
         """
         reused = self.kv.keep_common(fitted.positions)
-        embeddings = self._pipeline.embed(*after(fitted, reused))
+        prompt, shown = after(fitted, reused)
+        images = self._pipeline.look_up(shown, clock, options.cancelled)
+        if images is None:
+            yield self._pipeline.unanswered(clock)
+            return
         generated: list[int] = []
         ended = False
         events = self._pipeline.answer(
-            embeddings, self.kv.layers, fitted.prompt, options, clock, reused, generated.append
+            self._pipeline.embed(prompt, images),
+            self.kv.layers,
+            fitted.prompt,
+            options,
+            clock,
+            reused,
+            generated.append,
         )
-        try:
-            for event in events:
-                ended = isinstance(event, Finished)
-                yield event
-        finally:
+        with self._forgetting_what_failed():
             try:
+                for event in events:
+                    ended = isinstance(event, Finished)
+                    yield event
+            finally:
                 events.close()
                 if generated:  # all of them but the latest are certainly cached (see `loop`)
                     self.kv.hold([*fitted.positions, *generated[:-1]])
@@ -54,38 +65,47 @@ class WarmDecoder:
                     self.kv.hold(fitted.positions[: self.kv.layers[0].offset])
                 else:
                     self.kv.hold(fitted.positions[:reused])
-            except BaseException:
-                self._forget()
-                raise
 
-    def prepare(self, fitted: Fitted, length: int, cancelled: Callable[[], bool]) -> int:
+    def prepare(
+        self, fitted: Fitted, length: int, clock: Clock, cancelled: Callable[[], bool]
+    ) -> int:
         """Prefill the first `length` positions of a prompt; return how many were computed.
 
-        `length` ends a picture or comes before all. Fewer if `cancelled` between two passes.
+        `length` ends a picture or comes before all. `cancelled` is asked as for an answer.
         """
-        certain = fitted.positions[:length]
         until = fitted.positions[: length + 1]
         if self.kv.common(until) == length:
             return 0
         reused = self.kv.keep_common(until)
-        embeddings = self._pipeline.embed(*after(fitted, reused))[:, : length - reused]
-        kept = reused
-        try:
-            with suppress(Cancelled):
-                prefill(
-                    self._pipeline.model.decoder, embeddings, self.kv.layers, cancelled=cancelled
-                )
-            mx.eval([layer.state for layer in self.kv.layers])
-            kept = self.kv.layers[0].offset
-        finally:
-            self.kv.hold(certain[:kept])
+        prompt, shown = after(fitted, reused)
+        images = self._pipeline.look_up(shown, clock, cancelled)
+        if images is None:
+            return 0
+        embeddings = self._pipeline.embed(prompt, images)[:, : length - reused]
+        with self._forgetting_what_failed():
+            kept = reused
+            try:
+                with suppress(Cancelled):
+                    decoder = self._pipeline.model.decoder
+                    prefill(decoder, embeddings, self.kv.layers, cancelled=cancelled)
+                mx.eval([layer.state for layer in self.kv.layers])
+                kept = self.kv.layers[0].offset
+            finally:
+                self.kv.hold(until[:kept])
         return kept - reused
+
+    @contextmanager
+    def _forgetting_what_failed(self) -> Iterator[None]:
+        """If anything is raised that leaves the layers unsound, start over with empty ones."""
+        try:
+            yield
+        except BaseException:
+            if not self.kv.is_sound():
+                self.kv = KVPrefix(self._pipeline.model.decoder, self.kv.kv_bits)
+            raise
 
     def fork(self) -> WarmDecoder:
         """Return a second one that holds the same; they share buffers until either writes."""
         twin = WarmDecoder(self._pipeline)
         twin.kv = self.kv.copy()
         return twin
-
-    def _forget(self) -> None:
-        self.kv = KVPrefix(self._pipeline.model.decoder, self.kv.kv_bits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,13 +27,41 @@ class EncodedImage:
 
     `features` [tokens, hidden] in the model's dtype; `digest` names the pixels they came from.
     `pixels`, uint8 [H,W,3] as given to the tower, is what a saved session keeps of a picture;
-    `name` is for people.
+    `name` is for people. `origin` stands for the loaded model that made it: another refuses it.
     """
 
     features: mx.array
     digest: str
     pixels: np.ndarray | None = None
     name: str = ""
+    origin: object = None
+
+    @property
+    def positions(self) -> int:
+        """Embedding positions the picture takes up."""
+        return int(self.features.shape[0])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredImage:
+    """A picture of a resumed conversation, by its pixels: encoded when it is looked at again."""
+
+    pixels: np.ndarray
+    digest: str
+    name: str
+    positions: int
+
+
+ShownImage: TypeAlias = EncodedImage | StoredImage
+"""A picture in a transcript: its digest, name, pixels and positions, and perhaps its features."""
+
+
+def features_digest(features: mx.array) -> str:
+    """Return blake2b of features that came from elsewhere; evaluates them."""
+    state = hashlib.blake2b(digest_size=16)
+    state.update(f"{features.shape} {features.dtype}".encode())
+    state.update(np.asarray(features.astype(mx.float32)).data)
+    return state.hexdigest()
 
 
 def pixel_digest(pixels: np.ndarray) -> str:

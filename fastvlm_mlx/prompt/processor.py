@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +53,21 @@ class Prompt:
         )
 
 
+# Texts whose ids are remembered: the turns of a conversation that outgrows any context.
+_TEXTS_REMEMBERED = 1024
+
+
 class Processor:
-    """Prepares prompts and pictures for one model. Holds no state that changes."""
+    """Prepares prompts and pictures for one model.
+
+    Remembers the ids of the latest texts, since a chat renders its whole transcript each turn.
+    """
 
     def __init__(self, tokenizer: Tokenizer, image_size: int, image_mode: ImageMode) -> None:
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.image_mode = image_mode
+        self._ids = lru_cache(_TEXTS_REMEMBERED)(lambda text: tuple(tokenizer.encode(text)))
 
     @classmethod
     def from_folder(cls, folder: Path, *, image_size: int, image_mode: ImageMode) -> Processor:
@@ -81,7 +90,7 @@ class Processor:
             elif isinstance(part, Control):
                 ids.append(self.tokenizer.control_id(part.token))
             else:
-                ids += self.tokenizer.encode(part)
+                ids += self._ids(part)
         if ids:
             segments.append(TextIds(tuple(ids)))
         return Prompt(tuple(segments))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fastvlm_mlx.engine import EncodedImage, Engine
     from fastvlm_mlx.generate.session import ChatSession
+    from fastvlm_mlx.model.fastvlm import ShownImage
 
 # Pictures encoded for a question that was not asked after all: the cache of features, bounded in
 # bytes, still has them when they leave here.
@@ -118,12 +119,12 @@ class LiveSession:
 
     def warm_up(self, engine: Engine) -> None:
         """Pay for the first run of everything while the user types."""
-        self._warm_up_ms = engine.warm_up()
+        self._warm_up_ms = engine.warm_up(kv_bits=self.session.kv_bits)
         self._tell(engine)
 
     def encode(self, engine: Engine, picture: Attached) -> int:
         """Encode a picture of the next question; return its positions."""
-        return int(self._encode(engine, picture).features.shape[0])
+        return self._encode(engine, picture).positions
 
     def prepare(self, engine: Engine, pictures: Sequence[Attached], hold: Hold) -> None:
         """Prefill the pictures of the next question, as far as `hold` lets it."""
@@ -225,7 +226,7 @@ class LiveSession:
             self._encoded[picture.key] = encoded
         return encoded
 
-    def _last_images(self) -> tuple[EncodedImage, ...]:
+    def _last_images(self) -> tuple[ShownImage, ...]:
         """Return the last question's pictures."""
         if not self.session.turn_count:
             return ()
@@ -258,7 +259,7 @@ class LiveSession:
                 precision=_precision(engine),
                 system=session.system,
                 last_question=session.last_question,
-                pictures=tuple((i.name, int(i.features.shape[0])) for i in session.images),
+                pictures=tuple((i.name, i.positions) for i in session.images),
                 positions_per_picture=vision.tokens(side, side),
                 session=facts,
             )

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.sampling import GREEDY, Sampling
 
-Overflow = Literal["refuse", "drop"]
+if TYPE_CHECKING:
+    from fastvlm_mlx.generate.context import Overflow
 
 _DEFAULT = "default"
 

@@ -110,7 +110,8 @@ class Played:
                     ending,
                 )
             case Retry(sampling, ending):
-                self.answer(session.retry, branch.turns[:-1], branch.turns[-1], ending, sampling)
+                turns = branch.turns
+                self.answer(session.retry, turns[:-1], turns[-1], ending, sampling, given=False)
             case Edit(text, pictures, ending):
                 self.edit(text, pictures, ending)
             case Swap(ending):
@@ -177,8 +178,9 @@ class Played:
         turn: Turn,
         ending: Ending,
         sampling: fv.Sampling | None = None,
+        given: bool = True,
     ) -> None:
-        """Have `turn` answered after `past`, and check all of it."""
+        """Have `turn` answered after `past`, and check all of it; `given` are pictures of it."""
         asks = 0
 
         def cancelled() -> bool:
@@ -191,7 +193,7 @@ class Played:
         how = {"max_tokens": MAX_TOKENS, "sampling": sampling, "cancelled": cancelled}
         asked = self.asked(past, turn)
         # It is asked before each picture.
-        early = ending.by in ("cancelled", "raised") and ending.at < len(turn.pictures)
+        early = ending.by in ("cancelled", "raised") and ending.at < given * len(turn.pictures)
         seen = turn.pictures[: ending.at] if early else turn.pictures
         new = {index for index in seen if POOL[index].side is None} - self.known
         self.known |= new
@@ -206,7 +208,7 @@ class Played:
             )
         answer = Answer.read(events)
         if not self.answers_only:
-            assert work.pictures == len(new)
+            assert work.pictures == len(new), (work.pictures, new, turn.pictures, ending, asks)
         if early:
             assert work.positions == 0
             assert not answer.ids
@@ -227,10 +229,15 @@ class Played:
         room = min(MAX_TOKENS, limit // 4)
         asked = self.prompt(past, turn)
         if self.conversation.overflow == "drop" and len(asked.positions) + room > limit:
-            while asked.kept:
-                asked = self.prompt(asked.kept[1:], turn)
-                if len(asked.positions) + room <= limit * 3 / 4:
-                    break
+            fewer = [self.prompt(past[count:], turn) for count in range(1, len(past) + 1)]
+            used = [len(prompt.positions) + room for prompt in fewer]
+            # Down to three quarters of the context; if that can't be, only as far as it must.
+            bounds = [limit * 3 / 4, limit, max(used, default=0)]
+            fits = [i for bound in bounds for i, taken in enumerate(used) if taken <= bound]
+            if min(used, default=0) > limit:
+                asked = fewer[-1] if fewer else asked
+            elif fits:
+                asked = fewer[fits[0]]
         return asked if len(asked.positions) < limit else None
 
     def prompt(self, kept: Sequence[Turn], turn: Turn) -> Asked:
@@ -265,7 +272,7 @@ class Played:
             return
         # One step runs ahead of the reader, unless no more tokens are wanted.
         steps = min(len(ids), min(MAX_TOKENS, asked.room) - 1)
-        assert work.positions == len(asked.positions) - reused + steps
+        assert work.positions == len(asked.positions) - reused + steps, (work, reused, stats)
         if stats is not None:
             assert stats.prompt_tokens == len(asked.positions)
             assert stats.reused_tokens == reused
@@ -304,6 +311,9 @@ class Played:
         given = self.given(pictures)
         with watched() as work:
             computed = branch.session.prepare(given, lambda: cancelled)
+        if cancelled and pictures:  # asked before the first of them
+            assert work.pictures == work.positions == computed == 0
+            return
         self.known |= set(pictures)
         messages = [*branch.messages(branch.turns), user_message("", len(pictures))]
         shown = [index for turn in branch.turns for index in turn.pictures]
@@ -351,6 +361,13 @@ class Played:
         """What was saved is what goes on, its KV too."""
         if self.answers_only:  # a file names what is wrong with it
             return
+        branch = self.branch
+        shown = [index for turn in branch.turns for index in turn.pictures]
+        said = self.reference.positions(branch.messages(branch.turns), shown)
+        begins = self.engine.pipeline.processor.tokenizer.control_id("<|im_start|>")
+        said = said[: len(said) - said[::-1].index(begins) - 1]
+        # What was taken back is not written.
+        branch.held = branch.held[: common(branch.held, [*said, -1])]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "session"
             self.branch.session.save(path)

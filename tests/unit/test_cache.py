@@ -39,6 +39,25 @@ def test_what_is_put_again_is_counted_once() -> None:
     assert (cache.nbytes, len(cache)) == (0, 0)
 
 
+def test_features_that_cannot_be_computed_are_not_kept() -> None:
+    """They failed again in every answer about that picture."""
+    import threading
+
+    cache = FeatureCache()
+    cache.put("whole", features(1))
+
+    def make() -> None:
+        cache.put("failed", features(2) + 1)  # lazy, of a stream that ends with this thread
+        mx.clear_streams()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    cache.drop_failed()
+    assert ("whole" in cache, "failed" in cache) == (True, False)
+    assert cache.nbytes == SIZE
+
+
 def test_features_larger_than_the_bound_empty_nothing() -> None:
     cache = FeatureCache(max_bytes=SIZE)
     cache.put("a", features(1))

@@ -271,7 +271,7 @@ def test_the_tower_is_dispatched_before_the_prompt_is_tokenized(
         "encode",
         lambda self, text: (order.append("tokenize"), encode(self, text))[1],
     )
-    engine.generate("What is this?", images=[picture(1)], max_tokens=1)
+    engine.generate("A text never seen before?", images=[picture(1)], max_tokens=1)
     assert order[:2] == ["dispatch", "tokenize"]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
 import fastvlm_mlx as fv
 from fastvlm_mlx.errors import SessionError
-from fastvlm_mlx.generate.session import ChatSession
+from fastvlm_mlx.generate.context import lay_out
+from fastvlm_mlx.generate.session import ChatSession, collect
+from fastvlm_mlx.generate.session_file import read_session
 from tests.cli.command import copy_of_demo
 
 
@@ -61,23 +62,54 @@ def test_a_resumed_conversation_computes_only_what_is_new(
 def test_pictures_of_a_resumed_conversation_are_encoded_only_if_they_must_be(
     tmp_path: Path,
 ) -> None:
+    """They were unevaluated graphs in the engine's cache: uncounted, unbounded, of one thread."""
     talk(fv.load("demo").chat()).save(tmp_path / "talk")
     fresh = fv.load("demo")
     resumed = fresh.resume(tmp_path / "talk")
-    resumed.ask("Which colour?", max_tokens=4)
-    assert all(not _is_computed(image.features) for image in resumed.images)
+    assert resumed.ask("Which colour?", max_tokens=4).stats.encoded_images == 0
+    assert collect(resumed.retry(max_tokens=4)).stats.encoded_images == 0
+    assert len(fresh.image_features) == 0
     resumed.drop_image(0)
-    resumed.ask("Where?", max_tokens=4)
-    assert all(_is_computed(image.features) for image in resumed.images)
+    # The two that are left, once each though both are asked for twice.
+    assert resumed.ask("Where?", max_tokens=4).stats.encoded_images == 2
+    assert resumed.ask("How many?", resumed.images[:1], max_tokens=4).stats.encoded_images == 0
 
 
-def _is_computed(array: mx.array) -> bool:
-    """Whether the array has its values: an evaluated one has no graph behind it."""
-    import io
+def test_cancelling_is_asked_before_each_picture_of_a_resumed_conversation(
+    engine: fv.Engine, tmp_path: Path
+) -> None:
+    talk(engine.chat()).save(tmp_path / "talk")
+    fresh = fv.load("demo")
+    resumed = fresh.resume(tmp_path / "talk", kv_bits=8, say=lambda _: None)
+    asked: list[int] = []
 
-    text = io.StringIO()
-    mx.export_to_dot(text, array)
-    return "->" not in text.getvalue()
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    end = collect(resumed.stream("Where?", cancelled=cancelled))
+    assert (end.finish_reason, end.stats.encoded_images) == ("cancelled", 1)
+
+
+def test_nothing_that_was_taken_back_is_in_the_file(engine: fv.Engine, tmp_path: Path) -> None:
+    """The KV cache still held it: token ids, digest and values of an undone question."""
+    chat = talk(engine.chat())
+    chat.ask("My number is 4711.", [picture(7)], max_tokens=4)
+    chat.prepare([picture(8)])
+    chat.rewind()
+    chat.save(tmp_path / "after")
+    kv = read_session(tmp_path / "after").kv
+    assert kv is not None
+    said = lay_out(engine.pipeline.processor, chat._transcript.turns, generation_prompt=False)
+    assert list(kv.positions) == said.positions[: len(kv.positions)]
+    assert len(kv.positions) > 60
+    text = (tmp_path / "after").read_bytes()
+    for seed in (7, 8):
+        assert engine.encode(picture(seed)).digest.encode() not in text
+    chat.rewind(2)
+    chat.save(tmp_path / "after")
+    kv = read_session(tmp_path / "after").kv
+    assert kv is None or len(kv.positions) < 16  # the system message
 
 
 def test_another_models_kv_is_computed_again_and_said(engine: fv.Engine, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -11,6 +14,8 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.errors import ConfigError, ImageError, PromptError
 from fastvlm_mlx.events import Generation, TurnsDropped
 from fastvlm_mlx.generate.session import ChatSession, collect
+from fastvlm_mlx.model.decoder import Decoder
+from fastvlm_mlx.model.mlx_lm_parts import KVCache
 
 LIMIT = 1024
 
@@ -262,9 +267,178 @@ def test_a_question_too_long_by_itself_is_refused_in_either_mode(engine: fv.Engi
     with pytest.raises(PromptError, match="the prompt takes"):
         chat.ask("word " * LIMIT)
     assert chat.turn_count == 1
-    chat.overflow = "sideways"  # type: ignore[assignment]
+
+
+def test_what_overflow_means_is_checked_at_once(engine: fv.Engine) -> None:
     with pytest.raises(ConfigError, match="refuse or drop"):
-        chat.ask("Hello")
+        engine.chat(overflow="sideways")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="refuse or drop"):
+        engine.chat().overflow = "sideways"  # type: ignore[assignment]
+
+
+def test_a_long_question_drops_no_more_than_it_must(engine: fv.Engine) -> None:
+    """Three quarters of the context can't be reached: the whole conversation was dropped."""
+    chat = engine.chat(overflow="drop")
+    for number in range(4):
+        chat.ask(f"Number {number}?", max_tokens=2)
+    word = len(engine.pipeline.processor.tokenizer.encode(" word"))
+    room = LIMIT - 256 - chat.positions
+    answer = chat.ask(" word" * (room // word), max_tokens=256)
+    assert 1 <= answer.dropped_turns < 4
+    assert answer.stats.prompt_tokens + 256 <= LIMIT
+
+
+def test_one_picture_by_itself_is_refused_in_one_line(engine: fv.Engine) -> None:
+    """An array's truth value was asked; an empty path was no picture."""
+    for single in (picture(1), b"", ""):
+        with pytest.raises(ImageError, match="takes a list"):
+            engine.chat().ask("What?", single)  # type: ignore[arg-type]
+    for missing in (None, 3):
+        chat = engine.chat()
+        with pytest.raises(PromptError):
+            chat.ask(missing)  # type: ignore[arg-type]
+        assert chat.turn_count == 0
+
+
+def test_a_picture_of_another_loaded_model_is_refused(engine: fv.Engine) -> None:
+    """Same pixels, same digest, other features: their KV would be taken for one another's."""
+    other = fv.load("demo")
+    with pytest.raises(PromptError, match="another loaded model"):
+        engine.chat().ask("What?", [other.encode(picture(1))])
+
+
+def test_features_made_by_hand_are_known_by_their_values(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    features = [engine.encode(picture(seed)).features for seed in (1, 2)]
+    chat.ask("What is this?", [fv.EncodedImage(features[0], "same")], max_tokens=4)
+    edited = collect(chat.edit("What is this?", [fv.EncodedImage(features[1], "same")]))
+    assert edited.text == engine.chat().ask("What is this?", [picture(2)]).text
+    assert edited.stats.reused_tokens < 30
+
+
+class Broken(Exception):
+    """What a failed allocation, or Ctrl-C, looks like."""
+
+
+def never_computed() -> mx.array:
+    """An array whose evaluation fails: of a stream that ended with its thread."""
+    made: list[mx.array] = []
+
+    def make() -> None:
+        made.append(mx.zeros(1) + 1)
+        mx.clear_streams()
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    return made[0]
+
+
+def fail_to_evaluate(patch: pytest.MonkeyPatch) -> type[Exception]:
+    """The failed graph stayed in the layers: ask, fork and save raised for ever."""
+    real = Decoder.hidden
+
+    def hidden(self: Decoder, embeddings: mx.array, cache: list) -> mx.array:
+        return real(self, embeddings + never_computed(), cache)
+
+    patch.setattr(Decoder, "hidden", hidden)
+    return RuntimeError
+
+
+def stop_between_keys_and_values(patch: pytest.MonkeyPatch) -> type[Exception]:
+    """The keys had grown and the values had not: no later question could be answered."""
+    calls: list[int] = []
+
+    class Grown:
+        def __getattr__(self, name: str) -> object:
+            return getattr(mx, name)
+
+        def concatenate(self, *args: object, **how: object) -> mx.array:
+            calls.append(1)
+            if len(calls) == 2:
+                raise Broken
+            return mx.concatenate(*args, **how)
+
+    patch.setitem(KVCache.update_and_fetch.__globals__, "mx", Grown())
+    return Broken
+
+
+def stop_in_the_reader(patch: pytest.MonkeyPatch) -> type[Exception]:
+    real = Decoder.logits
+
+    def logits(self: Decoder, hidden: mx.array) -> mx.array:
+        real(self, hidden)
+        raise Broken
+
+    patch.setattr(Decoder, "logits", logits)
+    return Broken
+
+
+@pytest.mark.parametrize(
+    ("fault", "reused"),
+    [
+        (fail_to_evaluate, False),
+        (stop_between_keys_and_values, False),
+        (stop_in_the_reader, True),
+    ],
+)
+def test_an_answer_that_fails_anywhere_leaves_a_session_that_works(
+    engine: fv.Engine, tmp_path: Path, fault: Callable, reused: bool
+) -> None:
+    long = "word " * 80  # past the buffers' first 256 positions
+    for prepares in (False, True):
+        if prepares and fault is stop_in_the_reader:
+            continue
+        chat = engine.chat()
+        chat.ask("What is this?", [picture(1)], max_tokens=4)
+        with pytest.MonkeyPatch.context() as patch:
+            error = fault(patch)
+            with pytest.raises(error):
+                if prepares:
+                    chat.prepare([picture(seed) for seed in range(20, 34)])
+                else:
+                    chat.ask(long)
+        assert chat.turn_count == 1
+        chat.save(tmp_path / "talk")
+        answer = chat.fork().ask("Which colour?", max_tokens=6)
+        assert answer.token_ids == cold_after(engine, chat, "Which colour?", 6)
+        assert (answer.stats.reused_tokens > 0) == reused
+
+
+def cold_after(engine: fv.Engine, chat: ChatSession, text: str, max_tokens: int) -> tuple[int, ...]:
+    fresh = engine.chat()
+    fresh._transcript = chat._transcript
+    return fresh.ask(text, max_tokens=max_tokens).token_ids
+
+
+def test_buffers_do_not_pile_up_behind_a_prefix_of_whole_blocks(engine: fv.Engine) -> None:
+    """mlx-lm adds a whole new block to what it kept if the prefix ends at 256."""
+    chat = engine.chat()
+    chat.ask(" word" * 250, max_tokens=1)
+    kv = chat._warm.kv
+    assert len(kv) > 512
+    per_position = chat.kv_bytes // kv.layers[0].keys.shape[2]
+    for length in (512, 256):
+        kv.hold(kv.positions[:length])
+        assert chat.kv_bytes <= per_position * length
+    chat.rewind()
+    chat.ask(" word" * 250, max_tokens=1)
+    assert chat.kv_bytes <= per_position * (len(kv) + 256)
+    chat.rewind()
+    kv.hold([])
+    assert chat.kv_bytes == 0
+    assert (
+        chat.ask("Hello", max_tokens=2).token_ids
+        == engine.chat().ask("Hello", max_tokens=2).token_ids
+    )
+
+
+def test_preparing_stops_before_the_next_picture(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    pictures = [picture(seed) for seed in range(60, 64)]
+    before = len(engine.image_features)
+    assert chat.prepare(pictures, cancel_after(2)) == 0
+    assert len(engine.image_features) == before + 1
 
 
 def test_pictures_are_prefilled_while_the_question_is_typed(engine: fv.Engine) -> None:
