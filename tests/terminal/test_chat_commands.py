@@ -145,7 +145,7 @@ def test_a_session_of_another_model_is_computed_anew_and_that_is_said(
     name = "model.language_model.layers.1.self_attn.v_proj.bias"
     weights[name] = weights[name] + np.float16(0.001)
     save_file(weights, other / "model.safetensors")
-    second = chat("--session", file, model=other, columns=110)
+    second = chat("--session", file, model=other, columns=200)
     second.wait_for("another model")
     second.wait_for_prompt()
     answer = second.ask("Describe the image.")
@@ -172,7 +172,7 @@ def test_a_file_that_cannot_be_used_is_one_line_and_stays_as_it_is(
     }[damage]
     assert content != whole
     file.write_bytes(content)
-    second = chat("--session", file, columns=110)
+    second = chat("--session", file, columns=200)
     assert second.wait_for_end() == 2
     assert second.text.count("fastvlm: error: ") == 1 and "Traceback" not in second.text
     assert file.name in second.text
@@ -191,7 +191,7 @@ def test_of_a_session_cut_short_the_turns_are_kept_and_that_is_said(
     first.quit()
     cut = file.read_bytes()[:-5000]
     file.write_bytes(cut)
-    second = chat("--session", file, columns=110)
+    second = chat("--session", file, columns=200)
     second.wait_for("damaged")
     second.wait_for_prompt()
     assert re.search(r"^turns +1$", "\n".join(second.ask("/stats")), re.MULTILINE)

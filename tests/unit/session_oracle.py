@@ -208,7 +208,7 @@ class Played:
             )
         answer = Answer.read(events)
         if not self.answers_only:
-            assert work.pictures == len(new), (work.pictures, new, turn.pictures, ending, asks)
+            assert work.pictures == len(new)
         if early:
             assert work.positions == 0
             assert not answer.ids
@@ -228,16 +228,12 @@ class Played:
         limit = self.conversation.limit
         room = min(MAX_TOKENS, limit // 4)
         asked = self.prompt(past, turn)
-        if self.conversation.overflow == "drop" and len(asked.positions) + room > limit:
+        if self.conversation.overflow == "drop" and past and len(asked.positions) + room > limit:
             fewer = [self.prompt(past[count:], turn) for count in range(1, len(past) + 1)]
-            used = [len(prompt.positions) + room for prompt in fewer]
             # Down to three quarters of the context; if that can't be, only as far as it must.
-            bounds = [limit * 3 / 4, limit, max(used, default=0)]
-            fits = [i for bound in bounds for i, taken in enumerate(used) if taken <= bound]
-            if min(used, default=0) > limit:
-                asked = fewer[-1] if fewer else asked
-            elif fits:
-                asked = fewer[fits[0]]
+            down = [a for a in fewer if len(a.positions) + room <= limit * 3 / 4]
+            enough = [a for a in fewer if len(a.positions) + room <= limit]
+            asked = [*down, *enough, fewer[-1]][0]
         return asked if len(asked.positions) < limit else None
 
     def prompt(self, kept: Sequence[Turn], turn: Turn) -> Asked:
@@ -272,7 +268,7 @@ class Played:
             return
         # One step runs ahead of the reader, unless no more tokens are wanted.
         steps = min(len(ids), min(MAX_TOKENS, asked.room) - 1)
-        assert work.positions == len(asked.positions) - reused + steps, (work, reused, stats)
+        assert work.positions == len(asked.positions) - reused + steps
         if stats is not None:
             assert stats.prompt_tokens == len(asked.positions)
             assert stats.reused_tokens == reused
@@ -363,9 +359,8 @@ class Played:
             return
         branch = self.branch
         shown = [index for turn in branch.turns for index in turn.pictures]
-        said = self.reference.positions(branch.messages(branch.turns), shown)
-        begins = self.engine.pipeline.processor.tokenizer.control_id("<|im_start|>")
-        said = said[: len(said) - said[::-1].index(begins) - 1]
+        messages = branch.messages(branch.turns)
+        said = self.reference.positions(messages, shown, generation_prompt=False)
         # What was taken back is not written.
         branch.held = branch.held[: common(branch.held, [*said, -1])]
         with tempfile.TemporaryDirectory() as folder:

@@ -54,11 +54,18 @@ class Reference:
             self._features[index] = found
         return self._features[index]
 
-    def positions(self, messages: Sequence[Message], pictures: Sequence[int]) -> list[Position]:
+    def positions(
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[int],
+        *,
+        generation_prompt: bool = True,
+    ) -> list[Position]:
         """Return what each position of the prompt is."""
         found: list[Position] = []
         remaining = iter(pictures)
-        for segment in self.engine.pipeline.processor.prompt(messages).segments:
+        processor = self.engine.pipeline.processor
+        for segment in processor.prompt(messages, generation_prompt=generation_prompt).segments:
             if isinstance(segment, TextIds):
                 found += segment.ids
             else:
