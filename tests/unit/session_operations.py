@@ -185,7 +185,9 @@ class SetSystem:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Save to a file and go on with what is read from it."""
+    """Save to a file and go on with what is read from it, perhaps in another process."""
+
+    elsewhere: bool = False
 
 
 Operation = (
@@ -233,7 +235,7 @@ _OPERATION: SearchStrategy[Operation] = st.one_of(
     st.builds(Switch, st.integers(0, 3)),
     st.builds(Fail, st.sampled_from(["picture", "length", "undo", "drop"])),
     st.builds(SetSystem, st.sampled_from(SYSTEMS)),
-    st.builds(Resume),
+    st.builds(Resume, st.booleans()),
 )
 
 

@@ -111,7 +111,7 @@ class Played:
                 )
             case Retry(sampling, ending):
                 turns = branch.turns
-                self.answer(session.retry, turns[:-1], turns[-1], ending, sampling, given=False)
+                self.answer(session.retry, turns[:-1], turns[-1], ending, sampling, asks=0, new=())
             case Edit(text, pictures, ending):
                 self.edit(text, pictures, ending)
             case Swap(ending):
@@ -135,8 +135,8 @@ class Played:
             case SetSystem(text):
                 session.set_system(text)
                 branch.system = text
-            case Resume():
-                self.resume()
+            case Resume(elsewhere):
+                self.resume(elsewhere=elsewhere)
 
     def possible(self, operation: Operation) -> Operation:
         """Return the operation; a question instead, if it has nothing to work on."""
@@ -157,7 +157,11 @@ class Played:
         given = None if pictures is None else self.given(pictures)
         kept = turns[-1].pictures if pictures is None else pictures
         self.answer(
-            lambda **how: session.edit(text, given, **how), turns[:-1], Turn(text, kept, ""), ending
+            lambda **how: session.edit(text, given, **how),
+            turns[:-1],
+            Turn(text, kept, "", stored=pictures is None and turns[-1].stored),
+            ending,
+            new=() if pictures is None else pictures,
         )
 
     def given(self, pictures: Sequence[int]) -> list[Any]:
@@ -178,25 +182,24 @@ class Played:
         turn: Turn,
         ending: Ending,
         sampling: fv.Sampling | None = None,
-        given: bool = True,
+        *,
+        asks: int | None = None,
+        new: Sequence[int] | None = None,
     ) -> None:
-        """Have `turn` answered after `past`, and check all of it; `given` are pictures of it."""
-        asks = 0
+        """Have `turn` answered after `past`, and check all of it.
 
-        def cancelled() -> bool:
-            nonlocal asks
-            asks += 1
-            if ending.by == "raised" and asks > ending.at:
-                raise Interrupted
-            return ending.by == "cancelled" and asks > ending.at
-
-        how = {"max_tokens": MAX_TOKENS, "sampling": sampling, "cancelled": cancelled}
+        `cancelled` is asked before `asks` of its pictures, of which `new` are encoded: by default
+        all are.
+        """
+        asks = len(turn.pictures) if asks is None else asks
+        new = turn.pictures if new is None else new
         asked = self.asked(past, turn)
-        # It is asked before each picture.
-        early = ending.by in ("cancelled", "raised") and ending.at < given * len(turn.pictures)
-        seen = turn.pictures[: ending.at] if early else turn.pictures
-        new = {index for index in seen if POOL[index].side is None} - self.known
-        self.known |= new
+        left = ending.by in ("cancelled", "raised")
+        early = left and ending.at < asks
+        fresh = {i for i in (new[: ending.at] if early else new) if POOL[i].side is None}
+        fresh -= self.known
+        self.known |= fresh
+        how = {"max_tokens": MAX_TOKENS, "sampling": sampling, "cancelled": asked_at(ending)}
         if asked is None and not early:
             with pytest.raises(PromptError, match="positions"):
                 list(start(**how))
@@ -207,15 +210,20 @@ class Played:
                 ending.at if ending.by == "closed" else None,
             )
         answer = Answer.read(events)
-        if not self.answers_only:
-            assert work.pictures == len(new)
         if early:
-            assert work.positions == 0
+            assert work == Work(0, len(fresh)) or self.answers_only
             assert not answer.ids
             assert answer.reason == ("cancelled" if ending.by == "cancelled" else None)
             return
         assert asked is not None
         reused = common(self.branch.held, asked.positions)
+        # Pictures from a file are encoded now, if what is prefilled has them; each is asked for.
+        stored = asked.stored_behind(reused)[: ending.at - asks if left else None]
+        begun = bool(answer.ids) or ending.by != "closed"
+        fresh |= set(stored if begun else ()) - self.known
+        self.known |= fresh
+        if not self.answers_only:
+            assert work.pictures == len(fresh)
         self.check_ids(answer, asked, sampling or self.branch.session.sampling)
         if not self.answers_only:
             self.check_counts(answer, asked, reused, work)
@@ -241,8 +249,10 @@ class Played:
         question = user_message(turn.question, len(turn.pictures))
         messages = [*self.branch.messages(kept), question]
         pictures = [index for t in (*kept, turn) for index in t.pictures]
+        stored = [t.stored for t in (*kept, turn) for _ in t.pictures]
         positions = self.reference.positions(messages, pictures)
-        return Asked(kept, messages, pictures, positions, self.conversation.limit - len(positions))
+        room = self.conversation.limit - len(positions)
+        return Asked(kept, messages, pictures, stored, positions, room)
 
     def remember(
         self, answer: Answer, asked: Asked, reused: int, turn: Turn, ending: Ending
@@ -311,9 +321,8 @@ class Played:
             assert work.pictures == work.positions == computed == 0
             return
         self.known |= set(pictures)
-        messages = [*branch.messages(branch.turns), user_message("", len(pictures))]
-        shown = [index for turn in branch.turns for index in turn.pictures]
-        wanted = self.reference.positions(messages, [*shown, *pictures])
+        asked = self.prompt(branch.turns, Turn("", tuple(pictures), ""))
+        wanted = asked.positions
         if self.answers_only:
             return
         assert work.positions == computed
@@ -325,6 +334,7 @@ class Played:
         assert computed == (0 if cancelled else certain - reused)
         if reused < certain:
             branch.held = wanted[: reused + computed]
+            self.known |= set() if cancelled else set(asked.stored_behind(reused))
 
     def drop(self, index: int) -> None:
         """Take a picture out: the later ones move, nothing else changes."""
@@ -353,8 +363,8 @@ class Played:
             with pytest.raises(PromptError, match="no picture"):
                 session.drop_image(len(session.images))
 
-    def resume(self) -> None:
-        """What was saved is what goes on, its KV too."""
+    def resume(self, *, elsewhere: bool) -> None:
+        """What was saved is what goes on, its KV too; `elsewhere` no features are known."""
         if self.answers_only:  # a file names what is wrong with it
             return
         branch = self.branch
@@ -369,6 +379,10 @@ class Played:
             self.branch.session = self.engine.resume(
                 path, overflow=self.conversation.overflow, kv_bits=self.reference.kv_bits
             )
+        branch.turns = [replace(turn, stored=True) for turn in branch.turns]
+        if elsewhere:
+            self.engine.image_features.clear()
+            self.known.clear()
 
     def check_transcripts(self) -> None:
         """Messages and pictures of every branch are the ones that were given, each in its turn."""
@@ -386,3 +400,17 @@ class Played:
             for image, index in zip(session.images, shown, strict=True):
                 assert image.pixels is not None
                 assert np.array_equal(image.pixels, self.reference.pixels(index))
+
+
+def asked_at(ending: Ending) -> Callable[[], bool]:
+    """Return what is given as `cancelled`: asked often enough, it says so or raises."""
+    asks = 0
+
+    def cancelled() -> bool:
+        nonlocal asks
+        asks += 1
+        if ending.by == "raised" and asks > ending.at:
+            raise Interrupted
+        return ending.by == "cancelled" and asks > ending.at
+
+    return cancelled

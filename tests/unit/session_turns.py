@@ -17,11 +17,15 @@ from fastvlm_mlx.prompt.template import Message, user_message
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question, its pictures by number, and its answer."""
+    """A question, its pictures by number, and its answer.
+
+    `stored` pictures came from a file, and are encoded when they are looked at.
+    """
 
     question: str
     pictures: tuple[int, ...]
     answer: str
+    stored: bool = False
 
 
 @dataclass(slots=True)
@@ -60,14 +64,22 @@ class Branch:
 class Asked:
     """A prompt: the turns kept before the question, and what it is made of.
 
-    `room` is how many tokens the context has left for the answer.
+    `stored` says of each picture whether it came from a file; `room` is how many tokens the context
+    has left for the answer.
     """
 
     kept: Sequence[Turn]
     messages: list[Message]
     pictures: list[int]
+    stored: list[bool]
     positions: list[Position]
     room: int
+
+    def stored_behind(self, start: int) -> list[int]:
+        """Return the pictures from a file that are not before position `start`."""
+        begins = [at for at, p in enumerate(self.positions) if isinstance(p, tuple) and p[1] == 0]
+        every = zip(begins, self.pictures, self.stored, strict=True)
+        return [index for at, index, stored in every if stored and at >= start]
 
 
 @dataclass(frozen=True, slots=True)
