@@ -59,6 +59,12 @@ class LiveLines:
         self._shown = [*self._shown[: untouched if still_there else 0], *([_UNKNOWN] * count)]
         return still_there
 
+    def leave(self) -> None:
+        """Leave all lines as they are for good; the next `draw` begins below them."""
+        if any(self._shown):
+            self.end()
+            self._shown = [()]
+
     def end(self) -> None:
         """Put the cursor on the line after the last."""
         self._out.write("\r\n")

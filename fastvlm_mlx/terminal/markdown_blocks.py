@@ -19,7 +19,9 @@ _PARSER = (
     .disable(["reference", "lheading"])
 )
 # A last line of these only may become a rule, a fence, a list or text: not yet worth showing.
-_UNDECIDED = re.compile(r"[ \t>*+\-_=#`~|:.)\d]*")
+_UNDECIDED = re.compile(r"(?:[ \t>*+\-_=#`~|:]|\d{1,9}[.)](?![^ \t]))*\d{0,9}")
+# An answer that is a number and a full stop is no list with nothing in it.
+_ALONE = re.compile(r"\A(\s*\d{1,9})([.)]\s*\Z)")
 # Characters that may begin something which changes what comes after them, once it is closed.
 _OPENERS = "*_`[~|"
 _MOST_TRIES = 8
@@ -47,7 +49,7 @@ class Block:
 
 def blocks(text: str, *, first: Block | None = None) -> list[Block]:
     """Return the blocks of text; `first` is its first one as it was when text went on before it."""
-    tokens = _PARSER.parse(text)
+    tokens = _PARSER.parse(_ALONE.sub(r"\1\\\2", text) if first is None else text)
     starts = _line_starts(text)
     found: list[Block] = []
     index = 0

@@ -105,6 +105,11 @@ def ink(line: Line) -> int:
     return sum(char not in _ORNAMENTS for text, _ in line for char in text)
 
 
+def fits(line: Line, width: int) -> bool:
+    """Return whether a line takes at most `width` cells on every terminal."""
+    return len(_folded(line, width)) == 1
+
+
 @lru_cache(maxsize=256)
 def _sgr(style: Style) -> str:
     """Return the SGR parameters of a style, "" if it has none."""

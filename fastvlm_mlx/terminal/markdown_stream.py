@@ -19,7 +19,7 @@ from fastvlm_mlx.terminal.markdown_blocks import (
     is_undecided,
     last_line,
 )
-from fastvlm_mlx.terminal.markdown_lines import MarkdownLines, ink
+from fastvlm_mlx.terminal.markdown_lines import MarkdownLines, fits, ink
 from fastvlm_mlx.terminal.safe_text import SafeText
 
 # The unfinished block is drawn again when it has grown by this part of itself: the work stays
@@ -55,6 +55,7 @@ class MarkdownStream:
         self._pinned: list[Line] = []  # the last line written for good: the rest is drawn after it
         self._kept: list[Line] = []  # the tail's lines that are written for good
         self._kept_width = self._width
+        self._live: list[Line] = []  # all of the tail's lines as they were last rendered
         self._written = self._finished = False
         self.rendered_characters = 0
 
@@ -115,6 +116,7 @@ class MarkdownStream:
             self._screen.keep(len(self._pinned) + upto - kept - 1)
             self._pinned = [lines[upto - 1]]
         self._kept, self._kept_width = lines[final:upto], self._width
+        self._live = lines[final:]
         self._forget(found, settled, final)
 
     def _blocks(self) -> tuple[str, list[Block], int]:
@@ -155,7 +157,7 @@ class MarkdownStream:
         lines = self._renderer.lines(block.tokens, self._width, number=block.number)
         return [(), *lines] if lines and below and not block.follows else lines
 
-    def _certain(self, lines: list[Line], text: str, first: Block) -> int:
+    def _certain(self, lines: list[Line], text: str, first: Block | None) -> int:
         """Return how many of the lines of `text`, which begins with block `first`, are certain."""
         known: list[Line] = []
         certain = text[: certain_length(text)]
@@ -196,7 +198,20 @@ class MarkdownStream:
     def _fit_width(self) -> None:
         """Draw anew, below what is written for good, if the terminal's width has changed."""
         width = self._usable_width()
-        if width != self._width:
-            self._width = width
-            if not self._screen.restart(self._rows(), untouched=len(self._pinned)):
-                self._pinned = []
+        if width == self._width:
+            return
+        if not all(fits(line, width) for line in self._screen.shown):
+            self._leave_lines()
+        elif not self._screen.restart(self._rows(), untouched=len(self._pinned)):
+            self._pinned = []
+        self._width = width
+
+    def _leave_lines(self) -> None:
+        """Go on below lines that are too long now: most terminals have wrapped them, some have cut
+        them, so where they are is not known. What of them is certain is not written again."""
+        self._screen.leave()
+        self._pinned = []
+        if self._live:
+            drawn = self._tail[: self._drawn]
+            certain = self._certain(self._live, drawn, self._first)
+            self._kept = self._live[: max(certain, len(self._kept))]

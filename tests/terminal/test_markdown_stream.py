@@ -463,3 +463,38 @@ def test_an_error_while_answering_leaves_what_was_shown() -> None:
 @pytest.mark.parametrize("columns", [1, 2, 5])
 def test_hardly_any_columns_are_no_error(columns: int) -> None:
     play(pieces("".join(DOCUMENTS.values()), 14, sizes=(20,)), columns, 3)
+
+
+@pytest.mark.parametrize("text", ["000 001 002", "3.14", "12:30", "2,500", "0123456789"])
+def test_numbers_are_shown_before_their_line_ends(text: str) -> None:
+    """Once each line without a letter was held back as what might become a list or a rule."""
+    terminal = Terminal(40, 24)
+    with stream_to(terminal) as stream:
+        stream.feed(text)
+        assert terminal.lines() == [text]
+
+
+@pytest.mark.parametrize("text", ["42.", "7)\n"])
+def test_a_number_alone_is_text(text: str) -> None:
+    """Markdown has a list without items in it: "42." once had a list's colour."""
+    terminal = Terminal(40, 24)
+    with stream_to(terminal, color=True) as stream:
+        stream.feed(text)
+    assert terminal.lines() == [text.strip()]
+    assert not SGR.search(terminal.written)
+
+
+def test_lines_that_a_narrower_screen_wraps_anew_are_left_and_nothing_is_lost() -> None:
+    """Once the lines above the cursor were reckoned as they had been: text was written over."""
+    words = [f"w{number:03d}" for number in range(60)]
+    terminal = Terminal(60, 24)
+    with stream_to(terminal) as stream:
+        stream.feed(" ".join(words[:40]))
+        upper = terminal.lines()[:3]
+        terminal.screen.resize(columns=30)
+        terminal.writes.clear()
+        stream.feed(" " + " ".join(words[40:]))
+        assert not re.search(r"\x1b\[\d*A", terminal.writes[0])
+    assert [line[:30].rstrip() for line in upper] == terminal.lines()[:3]
+    written = re.findall(r"w\d{3}", terminal.written)
+    assert written[-20:] == words[40:] and len(written) <= 20 + 2 * 12
