@@ -201,7 +201,7 @@ def _chat(
     code = 1
     chat = Conversation(
         lambda say, progress: load_engine(name, given, say=say, progress=report or progress),
-        name=name,
+        name=_shown_name(name),
         settings=Settings(
             sampling=given["sampling"],
             max_tokens=given["max_tokens"],
@@ -231,6 +231,12 @@ def _chat(
     for note in chat.news.take():
         click.echo(f"fastvlm: {one_line(note)}", err=True)
     return code
+
+
+def _shown_name(model: str) -> str:
+    """Return a folder's last name: the status line has no room for all of its path."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
 
 
 def _left(chat: Conversation) -> bool:

@@ -53,6 +53,16 @@ def test_20_columns_and_6_rows_do_not_break_it(chat: Start) -> None:
 
 
 @pytest.mark.slow
+def test_the_status_line_has_room_for_more_than_a_models_path(chat: Start, counting: Path) -> None:
+    """Once it showed all of a folder's path, and nothing else."""
+    terminal = chat(model=str(counting))
+    terminal.wait_for(lambda: terminal.status.startswith("counting · float32 · "), "its name")
+    assert "positions" in terminal.status
+    terminal.wait_for_prompt()
+    terminal.quit()
+
+
+@pytest.mark.slow
 def test_no_color_means_none(chat: Start) -> None:
     terminal = chat(NUMBER_42, env={"NO_COLOR": "1"})
     conversation(terminal)
