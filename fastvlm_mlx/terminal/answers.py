@@ -8,8 +8,9 @@ terminal and no MLX.
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastvlm_mlx.events import ChatEvent, Finished, TextDelta, TurnsDropped
@@ -22,13 +23,17 @@ Kind = Literal["ask", "retry", "edit"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """A new question, the last one again, or another in its place; `typed` is offered again."""
+    """A new question, the last one again, or another in its place; `typed` is offered again.
+
+    `entered` is when it was sent, on the clock of `time.perf_counter`.
+    """
 
     kind: Kind = "ask"
     text: str = ""
     pictures: tuple[Attached, ...] = ()
     settings: Settings
     typed: str = ""
+    entered: float = field(default_factory=time.perf_counter)
 
 
 class Hold:
@@ -63,6 +68,9 @@ class Answer:
 
     TurnsDropped is passed on with the first token, since an answer that is forgotten before drops
     nothing. Iteration raises the model's errors, and KeyboardInterrupt after `wake`.
+
+    The time to the first token that `finished` has is counted from when the question was entered:
+    what the model was still busy with, loading say, is in it; what was done before is not.
     """
 
     def __init__(self, request: Request, events: Events[ChatEvent], hold: Hold) -> None:
@@ -73,6 +81,7 @@ class Answer:
         self._hold = hold
         self._dropped: TurnsDropped | None = None
         self._next: TextDelta | Finished | None = None
+        self._first: float | None = None
 
     def __iter__(self) -> Answer:
         return self
@@ -90,9 +99,14 @@ class Answer:
             return dropped
         event, self._next = self._next, None
         if isinstance(event, TextDelta):
+            if self._first is None:
+                self._first = time.perf_counter()
             self.text += event.text
-        else:
-            self.finished = event
+            return event
+        if self._first is not None:
+            ttft_ms = (self._first - self.request.entered) * 1000
+            event = replace(event, stats=replace(event.stats, ttft_ms=ttft_ms))
+        self.finished = event
         return event
 
     def wake(self) -> None:

@@ -534,3 +534,20 @@ def test_progress_is_in_the_status_until_the_session_is_open(open_chat: Open) ->
     release.set()
     chat.ready()
     assert chat.status.loading is None and chat.status.max_positions == 1024
+
+
+def test_the_time_to_the_first_token_counts_from_when_the_question_was_entered(
+    chat: Conversation,
+) -> None:
+    """It was the model's own: what the user waited for before, a load say, was left out."""
+    chat.ready()
+    release = busy(chat)
+    answer = reply(chat, "What is this?").answer
+    entered = time.perf_counter()
+    assert answer is not None
+    time.sleep(0.2)
+    waited_ms = (time.perf_counter() - entered) * 1000
+    release.set()
+    read(chat, answer)
+    assert chat.last is not None and chat.last.ttft_ms is not None
+    assert chat.last.ttft_ms >= waited_ms
