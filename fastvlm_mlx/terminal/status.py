@@ -113,9 +113,17 @@ def stats_rows(session: SessionFacts, last: Stats | None = None) -> list[tuple[s
 
 
 def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
-    """Return the rows as two columns, each line at most `columns` cells."""
+    """Return the rows as two columns, each line at most `columns` cells.
+
+    A value that there is no room for beside its name stands below it.
+    """
     width = max((cells(name) for name, _ in rows), default=0)
-    return [_cut(f"{name:<{width}}  {value}", columns) for name, value in rows]
+    lines: list[str] = []
+    for name, value in rows:
+        line = f"{name:<{width}}  {value}"
+        fitting = [line] if cells(line) <= columns else [name, f"  {value}"]
+        lines += [_cut(part, columns) for part in fitting]
+    return lines
 
 
 def _answer_rows(last: Stats) -> list[tuple[str, str]]:
