@@ -350,7 +350,7 @@ class Terminal:
             [str(Path(__file__).with_name("line_input_child.py")), str(folder)],
             dimensions=(rows, columns),
             env=clean | {"TERM": "xterm-256color"} | environ,
-            timeout=20,
+            timeout=60,
         )
         self.child.delaybeforesend = None
         # The terminal's own answers (where the cursor is) go back as if typed.
@@ -358,7 +358,7 @@ class Terminal:
 
     def wait(self, *parts: str) -> str:
         """Read until all the parts are on the screen at once; return the screen's lines."""
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             text = "\n".join(row.rstrip() for row in self.screen.display)
             if all(part in text for part in parts):
