@@ -37,6 +37,10 @@ class PromptError(FastVLMError):
     """Messages and pictures do not fit together, or the prompt does not fit the context."""
 
 
+class ContextFull(PromptError):
+    """The prompt does not fit the model's context."""
+
+
 class FetchError(FastVLMError):
     """A download failed, was refused, or the network is off."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.errors import ContextFull
 from fastvlm_mlx.generate.cache import Position
 from fastvlm_mlx.generate.transcript import Turn
 from fastvlm_mlx.model.fastvlm import ShownImage
@@ -62,7 +62,7 @@ def fit(
     `turns` are the system's, then questions and answers in pairs, then the new question. With
     overflow "drop", room for `max_tokens` (at most a quarter of the context) is made by leaving
     out the oldest pairs, whole, down to three quarters of the context if the question leaves that
-    much. With "refuse" an answer needs one position of room. Raises PromptError if there is none.
+    much. With "refuse" an answer needs one position of room. Raises ContextFull if there is none.
     """
     whole = lay_out(processor, turns)
     used = len(whole.positions)
@@ -80,7 +80,7 @@ def fit(
         whole = lay_out(processor, (turns[0], *turns[1 + 2 * dropped :]))
     used = len(whole.positions)
     if used >= limit:
-        raise PromptError(_no_room(whole, used, limit, overflow))
+        raise ContextFull(_no_room(whole, used, limit, overflow))
     return whole
 
 
@@ -103,12 +103,17 @@ def _message_starts(processor: Processor, positions: Sequence[Position]) -> list
     return [i for i, position in enumerate(positions) if position == start][:-1]
 
 
+def no_room(used: int, limit: int) -> str:
+    """Say that a prompt does not fit, and what would help."""
+    return (
+        f"the prompt takes {used} positions, the model has {limit}: "
+        "shorten it, or give fewer pictures or a lower resolution"
+    )
+
+
 def _no_room(whole: Fitted, used: int, limit: int, overflow: Overflow) -> str:
     if len(whole.turns) <= 2:
-        return (
-            f"the prompt takes {used} positions, the model has {limit}: "
-            "shorten it or give fewer or smaller pictures"
-        )
+        return no_room(used, limit)
     advice = "go back some turns, drop a picture"
     if overflow == "refuse":
         advice += ", or let the oldest turns be dropped (overflow drop)"

@@ -18,11 +18,12 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.errors import ContextFull, PromptError
 from fastvlm_mlx.events import Finished, FinishReason, TextDelta
 from fastvlm_mlx.generate.beam import beam_search
 from fastvlm_mlx.generate.cache import FeatureCache
 from fastvlm_mlx.generate.clock import Clock, Meter
+from fastvlm_mlx.generate.context import no_room
 from fastvlm_mlx.generate.loop import Step, generate_ids
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture
 from fastvlm_mlx.model.decoder import KVLayer
@@ -164,13 +165,10 @@ class Pipeline:
         )
 
     def require_room(self, positions: int) -> int:
-        """Return how many positions are left for the answer; raise PromptError if none is."""
+        """Return how many positions are left for the answer; raise ContextFull if none is."""
         limit = self.model.config.decoder.max_positions
         if positions >= limit:
-            raise PromptError(
-                f"the prompt takes {positions} positions, the model has {limit}: "
-                "shorten it or give fewer or smaller pictures"
-            )
+            raise ContextFull(no_room(positions, limit))
         return limit - positions
 
     def answer(

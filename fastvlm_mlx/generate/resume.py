@@ -87,7 +87,10 @@ def kv_of(
         return empty
     if kv.fingerprint != pipeline.fingerprint:
         whose = f" ({saved.model})" if saved.model and saved.model != pipeline.name else ""
-        say(f"the conversation was saved with another model{whose}: its KV is computed again")
+        say(
+            f"the conversation was saved with another model or precision{whose}: "
+            "its KV cache is computed again"
+        )
         return empty
     try:
         return empty.restore(kv.layers, kv.positions)

@@ -84,6 +84,12 @@ class ChatSession:
         self._warm = WarmDecoder(pipeline, kv_bits)
         self._answering = False
 
+    def __repr__(self) -> str:
+        return (
+            f"ChatSession({self.turn_count} turns, {len(self.images)} pictures, "
+            f"{self.positions} of {self.max_positions} positions)"
+        )
+
     @classmethod
     def resume(
         cls,

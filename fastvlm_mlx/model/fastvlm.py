@@ -21,7 +21,7 @@ from fastvlm_mlx.model.projector import Projector
 from fastvlm_mlx.model.vision import FastViTHD
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class EncodedImage:
     """A picture after tower and projector, reusable in any prompt of the same model.
 
@@ -35,6 +35,9 @@ class EncodedImage:
     pixels: np.ndarray | None = None
     name: str = ""
     origin: object = None
+
+    def __repr__(self) -> str:
+        return f"EncodedImage({self.name!r}, {self.positions} positions, {self.digest})"
 
     @property
     def positions(self) -> int:

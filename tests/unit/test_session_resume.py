@@ -119,7 +119,7 @@ def test_another_models_kv_is_computed_again_and_said(engine: fv.Engine, tmp_pat
     said: list[str] = []
     resumed = other.resume(tmp_path / "talk", say=said.append)
     assert len(said) == 1
-    assert "saved with another model (demo): its KV is computed again" in said[0]
+    assert "saved with another model or precision (demo): its KV cache is computed again" in said[0]
     assert resumed.turn_count == 2
     answer = resumed.ask("Which colour?", max_tokens=8)
     assert answer.stats.reused_tokens == 0

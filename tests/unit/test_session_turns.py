@@ -489,6 +489,13 @@ def test_pictures_are_encoded_once_within_and_across_sessions() -> None:
         assert off.generate("What?", images=[picture(1)], max_tokens=2).stats.encoded_images == 1
 
 
+def test_a_picture_and_a_session_say_what_they_are_in_one_line(engine: fv.Engine) -> None:
+    chat = engine.chat()
+    chat.ask("What is this?", [picture(1)], max_tokens=2)
+    assert repr(chat) == f"ChatSession(1 turns, 1 pictures, {chat.positions} of 1024 positions)"
+    assert repr(chat.images[0]).startswith("EncodedImage('array [96, 128, 3] uint8', 16 positions,")
+
+
 def test_warming_up_leaves_nothing_behind(engine: fv.Engine) -> None:
     kept = len(engine.image_features)
     assert engine.warm_up() > 0
