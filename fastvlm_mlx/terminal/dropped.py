@@ -34,6 +34,7 @@ _ENDS_LIKE_A_PICTURE = re.compile(
 )
 _FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/[^/].*)", re.IGNORECASE)
 _PUNCTUATION = ",.;:!?)"
+_OPENING = "([{<!"
 _LONGEST_PATH = 4 * 4096  # PATH_MAX, each character escaped, and to spare
 
 
@@ -56,18 +57,17 @@ class _Word:
 def split_dropped(text: str) -> Dropped:
     """Take the pictures out of a typed or pasted text; what is none stays as it was typed.
 
-    A source is a path that exists, or that looks dropped (absolute or from `~`, `.` or `..`, with a
-    picture's ending) even if no such file is there, so that a wrong path is never asked as a
-    question; a relative name needs both, a picture's ending and a file. `~` is left for who opens
-    it. Also a `file://` URI (decoded), a picture's `data:` URI, and an http(s) URL that ends like
-    a picture; any URL where the text holds nothing else. Where a source was, one separator stays.
+    A source is a path that exists, or a word with a "/" and a picture's ending even if no such
+    file is there (a pattern like `pics/*.png` too): a mistyped path is never asked as a question. A
+    name without "/" needs both, a picture's ending and a file. `~` is left for who opens it. Also a
+    `file://` URI (decoded), a picture's `data:` URI, and an http(s) URL that ends like a picture.
+    If all the words are URLs, of anything, or end like pictures, all are sources. Where a source
+    was, one separator stays.
     """
+    names = _names_only(text)
+    if names:
+        return Dropped(names, "")
     words = _words(text)
-    if all(word.source is not None or word.is_url for word in words):
-        words = [
-            _Word(word.start, word.end, word.source or text[word.start : word.end])
-            for word in words
-        ]
     sources = tuple(word.source for word in words if word.source is not None)
     return Dropped(sources, _without(text, words) if sources else text)
 
@@ -117,6 +117,27 @@ def typed_path(argument: str) -> Path:
     return path
 
 
+def _names_only(text: str) -> tuple[str, ...]:
+    """Return the sources of a text that holds nothing else but commas between them; or ()."""
+    names: list[str] = []
+    position = 0
+    while match := _WORD.search(text, position):
+        word = _word_at(text, match.start())
+        name, position = word.source or (match[0] if word.is_url else ""), word.end
+        if not name:
+            quoted = match[0][0] in "'\""
+            read = (_shell_word if quoted else _unescape)(text, match.start())
+            if read is None:
+                return ()
+            name, position = read[0].rstrip(",;"), read[1]
+            if names and not name:
+                continue
+            if "/" in name or not _is_pictures_name(name):
+                return ()
+        names.append(name)
+    return tuple(names)
+
+
 def _words(text: str) -> list[_Word]:
     words = []
     position = 0
@@ -149,11 +170,14 @@ def _word_at(text: str, start: int) -> _Word:
     spaced = _unescaped_path(text, start) if _is_anchored(raw) else None
     if spaced is not None:
         return _Word(start, start + len(spaced), spaced)
-    if _is_anchored(plain) and _ends_like_a_picture(plain):
+    if _looks_like_a_path(plain):
         return _Word(start, end, plain)
     named = raw.rstrip(_PUNCTUATION)
     if named != raw and _may_be_path(named) and _is_file(named):
         return _Word(start, start + len(named), named)
+    named = plain.rstrip(_PUNCTUATION)
+    if _looks_like_a_path(named):
+        return _Word(start, end - (len(plain) - len(named)), named)
     return _Word(start, match.end(), None)
 
 
@@ -169,8 +193,9 @@ def _quoted_word(text: str, start: int) -> _Word | None:
         uri = _from_uri(bare, start) or _from_url(bare, start)
         if uri is not None and uri.source is not None:
             return _Word(start, end - cut, uri.source)
-        looks_dropped = _is_anchored(bare) and _ends_like_a_picture(bare)
-        if looks_dropped or (_may_be_path(bare) and _is_file(bare)):
+        # "What is in a/b.png" is a quoted question: a blank comes before its slash.
+        is_path = _is_anchored(bare) or len(bare.partition("/")[0].split()) < 2
+        if (is_path and _looks_like_a_path(bare)) or (_may_be_path(bare) and _is_file(bare)):
             return _Word(start, end - cut, bare)
     return None
 
@@ -255,6 +280,19 @@ def _unescaped_path(text: str, start: int) -> str | None:
 
 def _is_anchored(word: str) -> bool:
     return word.startswith(("/", "./", "../")) or re.match(r"~[^/]*/", word) is not None
+
+
+def _looks_like_a_path(word: str) -> bool:
+    """Return whether a word names a picture by folder and name, be there a file or not."""
+    if _is_anchored(word):
+        return _ends_like_a_picture(word)
+    return "/" in word and "://" not in word and word[0] not in _OPENING and _is_pictures_name(word)
+
+
+def _is_pictures_name(word: str) -> bool:
+    """Return whether a word ends like a picture and is more than that ending: ".png" is prose."""
+    name = word.rpartition("/")[2]
+    return _ends_like_a_picture(name) and name.lower() not in PICTURE_SUFFIXES
 
 
 def _may_be_path(word: str) -> bool:
