@@ -46,11 +46,12 @@ _ALSO = {"exit": "quit", "?": "help"}
 
 _KEYS = (
     ("Enter", "Send"),
+    ("Tab", "Complete commands, settings and paths"),
     ("Alt-Enter, Ctrl-J or \\ Enter", "New line"),
     ("Ctrl-V", "Add the clipboard's picture, or paste its text"),
     ("Ctrl-R", "Search what was typed before"),
     ("Ctrl-C", "Stop the answer; clear the line; twice on an empty line: leave"),
-    ("// at the start", "A question that starts with /"),
+    ("// at the start", "Ask the line as it is: nothing in it is a command or a path"),
 )
 
 # One slash and a word, then a blank or the end: "/etc/hosts" and "/a.png" name no command.
@@ -126,18 +127,27 @@ def _starting_with(name: str) -> Command:
 
 
 def help_lines(columns: int) -> list[str]:
-    """Return the help, no line longer than `columns` (from 20): commands, then keys."""
+    """Return the help for a window of `columns` (from 20): commands, then keys."""
     commands = [(f"/{c.name} {c.arguments}".rstrip(), c.summary) for c in COMMANDS]
     return [*two_columns(commands, columns), "", *two_columns(list(_KEYS), columns)]
 
 
+def set_lines(rows: list[tuple[str, str, str]], columns: int) -> list[str]:
+    """Return /set's (name, value, meaning) rows for a window of `columns` (from 20)."""
+    edge = max(len(name) for name, _, _ in rows) + 2
+    return two_columns([(f"{name:<{edge}}{value}", said) for name, value, said in rows], columns)
+
+
 def two_columns(rows: list[tuple[str, str]], columns: int) -> list[str]:
-    """Return two columns, or, where that is too narrow, the second below the first."""
+    """Return two columns, or, where that is too narrow, the second below the first.
+
+    No line reaches the last of the window's `columns`: some terminals wrap there.
+    """
     if columns < _NARROW:
         return [
             line
             for left, right in rows
-            for line in (*textwrap.wrap(left, columns), *_indented(right, 4, columns))
+            for line in (*_indented(left, 0, columns), *_indented(right, 4, columns))
         ]
     edge = max(len(left) for left, _ in rows) + 2
     lines = []
@@ -149,4 +159,10 @@ def two_columns(rows: list[tuple[str, str]], columns: int) -> list[str]:
 
 def _indented(text: str, indent: int, columns: int) -> list[str]:
     blank = " " * indent
-    return textwrap.wrap(text, columns, initial_indent=blank, subsequent_indent=blank)
+    return textwrap.wrap(
+        text,
+        max(columns - 1, 1),
+        initial_indent=blank,
+        subsequent_indent=blank,
+        break_on_hyphens=False,
+    )

@@ -13,7 +13,7 @@ from fastvlm_mlx.errors import PromptError, one_line
 from fastvlm_mlx.terminal import clipboard
 from fastvlm_mlx.terminal.answers import Answer
 from fastvlm_mlx.terminal.attached import Attached, attach
-from fastvlm_mlx.terminal.commands import Typed, help_lines, parse, two_columns
+from fastvlm_mlx.terminal.commands import Typed, help_lines, parse, set_lines
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.dropped import split_dropped, typed_path, typed_sources
 from fastvlm_mlx.terminal.status import stats_lines, stats_rows
@@ -156,12 +156,10 @@ def _system(chat: Conversation, typed: Typed) -> Reply:
 
 
 def _set(chat: Conversation, typed: Typed, columns: int) -> Reply:
-    if not typed.argument:
-        rows = chat.settings.rows()
-        edge = max(len(name) for name, _, _ in rows) + 2
-        shown = [(f"{name:<{edge}}{value}", meaning) for name, value, meaning in rows]
-        return Reply(lines=tuple(two_columns(shown, columns)))
     name, _, value = typed.argument.replace("=", " ", 1).partition(" ")
+    if not value:
+        rows = [chat.settings.row(name)] if name else chat.settings.rows()
+        return Reply(lines=tuple(set_lines(rows, columns)))
     before = {name: value for name, value, _ in chat.settings.rows()}
     chat.settings = chat.settings.changed(name, value)
     lines = [f"{n} {v}" for n, v, _ in chat.settings.rows() if before[n] != v]

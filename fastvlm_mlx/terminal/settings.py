@@ -157,6 +157,14 @@ class Settings:
         """Return (name, value as it is typed, meaning) for each setting, in /set's order."""
         return [(s.name, self._shown(s), s.meaning) for s in _TABLE]
 
+    def row(self, name: str) -> tuple[str, str, str]:
+        """Return the one setting's row; its meaning says also what it takes.
+
+        Raises PromptError for a name there is none of.
+        """
+        setting = find_setting(name)
+        return setting.name, self._shown(setting), f"{setting.meaning} (takes {setting.expected})"
+
     def _value(self, name: str) -> Any:
         return getattr(self if name in _OWN else self.sampling, name)
 

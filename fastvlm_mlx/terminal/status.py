@@ -6,6 +6,7 @@ of where the numbers come from.
 
 from __future__ import annotations
 
+import textwrap
 import unicodedata
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def stats_rows(session: SessionFacts, last: Stats | None = None) -> list[tuple[s
 
 
 def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
-    """Return the rows as two columns, each line at most `columns` cells.
+    """Return the rows as two columns; no line reaches the last of the window's `columns`.
 
     A value that there is no room for beside its name stands below it.
     """
@@ -121,16 +122,22 @@ def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
     lines: list[str] = []
     for name, value in rows:
         line = f"{name:<{width}}  {value}"
-        fitting = [line] if cells(line) <= columns else [name, f"  {value}"]
-        lines += [_cut(part, columns) for part in fitting]
+        if cells(line) < columns:
+            lines.append(line)
+        else:
+            room = max(columns - 1, 1)
+            lines += textwrap.wrap(name, room)
+            lines += textwrap.wrap(value, room, initial_indent="  ", subsequent_indent="  ")
     return lines
 
 
 def _answer_rows(last: Stats) -> list[tuple[str, str]]:
+    prompt = _count(last.prompt_tokens, "position")
     rows = [
-        ("last prompt", f"{_count(last.prompt_tokens, 'position')}, {last.reused_tokens} reused")
+        ("last prompt", f"{prompt}, {last.reused_tokens} of them computed before"),
+        # A picture added in time was encoded while its question was typed: it is not counted.
+        ("pictures encoded since Enter", str(last.encoded_images)),
     ]
-    rows.append(("last pictures encoded", str(last.encoded_images)))
     if last.ttft_ms is not None:
         rows.insert(0, ("time to first token", _readable_ms(last.ttft_ms)))
     answer = _count(last.generated_tokens, "token")

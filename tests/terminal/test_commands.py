@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fastvlm_mlx.errors import FastVLMError, PromptError
 from fastvlm_mlx.sampling import Sampling
-from fastvlm_mlx.terminal.commands import COMMANDS, Typed, help_lines, parse
+from fastvlm_mlx.terminal.commands import COMMANDS, Typed, help_lines, parse, set_lines
+from fastvlm_mlx.terminal.screen import folded
 from fastvlm_mlx.terminal.settings import SETTING_NAMES, Settings, find_setting, typed_values
 
 
@@ -114,10 +115,13 @@ def test_numbers_of_drop_and_undo() -> None:
             parse(line).number(default=1)
 
 
-@pytest.mark.parametrize("columns", [20, 40, 64, 80, 200])
-def test_the_help_fits_and_names_every_command(columns: int) -> None:
+@pytest.mark.parametrize("columns", [*range(20, 101), 200])
+def test_the_help_stays_off_the_windows_edge_and_names_every_command(columns: int) -> None:
+    """A line as wide as the window was wrapped once more when it was printed."""
     lines = help_lines(columns)
-    assert max(map(len, lines)) <= columns
+    assert max(map(len, lines)) < columns
+    assert sorted(" ".join(lines).split()) == sorted(" ".join(help_lines(1000)).split())
+    assert [part for line in lines for part in folded(line, columns)] == lines
     for command in COMMANDS:
         assert any(line.startswith(f"/{command.name}") for line in lines)
 
@@ -149,6 +153,23 @@ def test_each_setting_is_changed_shown_and_put_back(
         again = again.changed(row_name, row_value)
     assert again == changed  # what /set shows can be typed
     assert changed.changed(full, "default") == Settings()
+
+
+@pytest.mark.parametrize("columns", range(20, 101))
+def test_settings_stay_off_the_windows_edge(columns: int) -> None:
+    rows = Settings(max_tokens=999_999_999).rows()
+    lines = set_lines(rows, columns)
+    assert max(map(len, lines)) < columns
+    assert sorted(" ".join(lines).split()) == sorted(" ".join(set_lines(rows, 1000)).split())
+
+
+def test_a_setting_by_itself_says_what_it_takes() -> None:
+    settings = Settings().changed("temperature", "0.5")
+    name, value, meaning = settings.row("temp")
+    assert (name, value) == ("temperature", "0.5")
+    assert meaning.endswith("higher is more varied (takes a number from 0, or off)")
+    with pytest.raises(PromptError, match="did you mean temperature"):
+        settings.row("temprature")
 
 
 def test_off_means_off_where_that_makes_sense() -> None:

@@ -114,8 +114,8 @@ def test_it_is_never_wider_than_the_screen(model: str, columns: int) -> None:
 def test_stats_are_of_the_answer_the_session_and_the_process() -> None:
     assert stats_rows(SESSION, answer(encoded_images=1)) == [
         ("time to first token", "41 ms"),
-        ("last prompt", "312 positions, 280 reused"),
-        ("last pictures encoded", "1"),
+        ("last prompt", "312 positions, 280 of them computed before"),
+        ("pictures encoded since Enter", "1"),
         ("last answer", "1 token at 620 tok/s"),
         ("turns", "3"),
         ("pictures", "2"),
@@ -140,13 +140,16 @@ def test_an_answer_cancelled_before_its_first_token_has_no_times() -> None:
     assert ("last answer", "0 tokens") in rows and "time to first token" not in dict(rows)
 
 
-@pytest.mark.parametrize("columns", [80, 40, 20])
-def test_stats_are_two_columns_that_fit(columns: int) -> None:
-    lines = stats_lines(stats_rows(SESSION, answer()), columns)
-    assert all(len(line) <= columns for line in lines)
-    # Once a value was cut at 40 columns, the speed of the answer with it.
-    assert columns < 40 or not any("…" in line for line in lines)
-    if columns >= 80:
-        assert {line[23:25] for line in lines} == {
-            "  "
-        } and "KV cache" + " " * 17 + "1.5 MB" in lines
+def test_stats_are_two_columns_where_there_is_room() -> None:
+    lines = stats_lines(stats_rows(SESSION, answer()), 80)
+    assert {line[28:30] for line in lines} == {"  "}
+    assert f"{'KV cache':<28}  1.5 MB" in lines
+
+
+@pytest.mark.parametrize("columns", range(20, 101))
+def test_stats_stay_off_the_windows_edge_and_keep_every_word(columns: int) -> None:
+    """A value was cut at 40 columns, and a line as wide as the window was wrapped once more."""
+    rows = stats_rows(SESSION, answer())
+    lines = stats_lines(rows, columns)
+    assert max(map(len, lines)) < columns
+    assert " ".join(lines).split() == " ".join(f"{name} {value}" for name, value in rows).split()
