@@ -36,6 +36,13 @@ class Request:
     entered: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(frozen=True, slots=True)
+class NamedDrop(TurnsDropped):
+    """Turns that are dropped, with the names of the pictures in them."""
+
+    names: tuple[str, ...] = ()
+
+
 class Hold:
     """What the reader wants of an answer under way. Any thread may ask and tell."""
 

@@ -63,7 +63,7 @@ class Conversation:
         self.last: Stats | None = None
         self.news = News()
         self.wait: Wait = lambda future: future.result()
-        self._live = LiveSession(opening, form, self._publish)
+        self._live = LiveSession(opening, form, self._publish, self.news.say)
         self._answer: Answer | None = None
         self._ending: Future[None] | None = None
         self._left = False
@@ -207,10 +207,19 @@ class Conversation:
 
     # ---- files
 
-    def save(self, file: Path) -> None:
-        """Write the session now. Raises FastVLMError."""
+    def unsaved(self) -> bool:
+        """Return whether there are changes that no file holds; a save under way is waited for."""
+        if self.kept.saving:
+            self._do(lambda _: None)
+        return self.kept.unsaved
+
+    def save(self, file: Path, *, replace: bool = False) -> None:
+        """Write the session now.
+
+        Raises FastVLMError, OtherConversation for a file that holds another unless `replace`.
+        """
         self.ready()
-        self._do(lambda engine: self._live.save(engine, file))
+        self._do(lambda engine: self._live.save(engine, file, replace=replace))
         self.kept.hear_written(file)
 
     def load(self, file: Path) -> list[str]:

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from fastvlm_mlx.errors import FastVLMError
-from fastvlm_mlx.terminal.live_session import LiveSession
+from fastvlm_mlx.terminal.live_session import LiveSession, OtherConversation
 from fastvlm_mlx.terminal.model_thread import ModelThread
 from fastvlm_mlx.terminal.news import News
 
@@ -18,8 +18,9 @@ class KeptFile:
     """`path` is where /save writes without a name. A file given at the start is written after each
     change, in the model's thread, without being waited for.
 
-    `unsaved` is whether there are changes that no file holds. `given_up` is the file to be loaded
-    in place of them, once that was said.
+    `by_itself` is whether it is. `unsaved` is whether there are changes that no file holds,
+    `refused` whether that is because another program has changed the file. `given_up` is the
+    command, with its file, that gives up a conversation once it was said that it does.
     """
 
     def __init__(
@@ -27,8 +28,9 @@ class KeptFile:
     ) -> None:
         self.path = path
         self.unsaved = False
-        self.given_up: Path | None = None
-        self._by_itself = path is not None
+        self.refused = False
+        self.given_up: tuple[str, Path | None] | None = None
+        self.by_itself = path is not None
         self._model, self._live, self._news = model, live, news
         self._last: Future[None] | None = None
         self._said = ""
@@ -41,22 +43,23 @@ class KeptFile:
     def hear_change(self) -> None:
         """Hear that the conversation is not what it was."""
         self.unsaved, self.given_up = True, None
-        if self._by_itself:
+        if self.by_itself:
             self._save()
 
     def hear_written(self, path: Path) -> None:
         """Hear that the user had it written to `path`."""
         self.unsaved = False
-        if not self._by_itself:
-            self.path = path
+        if not self.by_itself or self.refused:
+            self.path, self.refused, self._said = path, False, ""
 
     def hear_read(self, path: Path) -> None:
         """Hear that the conversation is now the one in `path`, which is kept from now on."""
         self.path, self.unsaved, self.given_up = path, False, None
+        self.refused, self._said = False, ""
 
     def save_rest(self) -> None:
         """Try again to write what could not be written."""
-        if self._by_itself and self.unsaved and not self.saving:
+        if self.by_itself and self.unsaved and not self.saving:
             self._save()
 
     def _save(self) -> None:
@@ -68,10 +71,12 @@ class KeptFile:
     def _hear_saved(self, saved: Future[None]) -> None:
         error = saved.exception()
         self.unsaved = error is not None
+        self.refused = isinstance(error, OtherConversation)
         if error is None:
             self._said = ""
         elif not isinstance(error, FastVLMError):
             self._news.bug = error
         elif str(error) != self._said:
             self._said = str(error)
-            self._news.say(f"the conversation was not saved: {error}")
+            what = "" if self.refused else "the conversation was not saved: "
+            self._news.say(f"{what}{error}")

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.events import ChatEvent, TextDelta
-from fastvlm_mlx.terminal.answers import Hold, Request
+from fastvlm_mlx.errors import ContextFull, PromptError, SessionError, one_line
+from fastvlm_mlx.events import ChatEvent, TextDelta, TurnsDropped
+from fastvlm_mlx.terminal.answers import Hold, NamedDrop, Request
 from fastvlm_mlx.terminal.attached import Attached, PictureForm
+from fastvlm_mlx.terminal.seen_files import SeenFiles
 from fastvlm_mlx.terminal.settings import Settings
 from fastvlm_mlx.terminal.status import SessionFacts
 
@@ -63,15 +64,26 @@ class Forgotten(Exception):
     """Thrown into an answer that nobody saw anything of: it leaves no trace in the transcript."""
 
 
+class OtherConversation(SessionError):
+    """A file holds what this chat has neither read nor written; it is not written over."""
+
+
 class LiveSession:
-    """A ChatSession where it lives. `publish` hears the facts after each change, in this thread."""
+    """A ChatSession where it lives. `publish` hears the facts after each change, and `say` lines
+    for the user, in this thread."""
 
     def __init__(
-        self, opening: Opening, form: PictureForm, publish: Callable[[Facts], None]
+        self,
+        opening: Opening,
+        form: PictureForm,
+        publish: Callable[[Facts], None],
+        say: Callable[[str], None],
     ) -> None:
         self._opening = opening
         self._form = form
         self._publish = publish
+        self._say = say
+        self._seen = SeenFiles()
         self._session: ChatSession | None = None
         self._encoded: dict[int, EncodedImage] = {}
         self._damaged: Path | None = None
@@ -99,6 +111,7 @@ class LiveSession:
         On an error, the conversation so far stays.
         """
         lines: list[str] = []
+        self._seen.note(file)  # before: what is written while it is read is another's
         self._session = engine.resume(
             file,
             sampling=settings.sampling,
@@ -136,6 +149,7 @@ class LiveSession:
         session = self.session
         session.overflow = request.settings.overflow
         session.sampling = request.settings.sampling
+        names = tuple(image.name for image in session.images)
         try:
             images = [self._encode(engine, picture) for picture in request.pictures]
             max_tokens = request.settings.max_tokens
@@ -163,9 +177,15 @@ class LiveSession:
                 for event in events:
                     if isinstance(event, TextDelta) and not hold.claim():
                         events.throw(Forgotten())
+                    if isinstance(event, TurnsDropped):
+                        event = NamedDrop(event.turns, event.images, names[: event.images])
                     yield event
             except Forgotten:
                 return
+            except ContextFull as error:
+                if not session.turn_count or session.overflow == "drop":
+                    raise  # the question alone is too long
+                raise ContextFull(f"{error} (/undo, /drop N or /set overflow drop)") from error
             finally:
                 events.close()
             for picture in request.pictures:
@@ -188,12 +208,23 @@ class LiveSession:
         self.session.set_system(text)
         self._tell(engine)
 
-    def save(self, _engine: Engine, file: Path) -> None:
-        """Write the session; a file that was read as damaged is first kept as FILE.damaged."""
+    def save(self, _engine: Engine, file: Path, *, replace: bool = False) -> None:
+        """Write the session; a file that was read as damaged is first kept as FILE.damaged.
+
+        Raises OtherConversation if the file is a session that another program wrote, or changed,
+        since this chat read or wrote it; not with `replace`.
+        """
+        if not replace and self._seen.is_others(file):
+            _require_session(file)
+            raise OtherConversation(
+                f"{one_line(str(file))} was changed by another program: this conversation is not "
+                "saved to it; /save another file"
+            )
         if self._damaged is not None and self._damaged == file:
-            _keep_beside(file)
+            self._say(f"kept as {one_line(_keep_beside(file).name)}")
             self._damaged = None
         self.session.save(file)
+        self._seen.note(file)
 
     @property
     def session(self) -> ChatSession:
@@ -273,8 +304,16 @@ def _precision(engine: Engine) -> str:
     return str(engine.dtype).removeprefix("mlx.core.") if bits is None else f"{bits} bit"
 
 
-def _keep_beside(file: Path) -> None:
-    """Give a damaged file a second name, FILE.damaged, that no later save writes over."""
+def _require_session(file: Path) -> None:
+    """Raise the SessionError of a file that is no session, which no save replaces."""
+    from fastvlm_mlx.generate.session_file import KIND, VERSION
+    from fastvlm_mlx.generate.tensor_file import TensorFile
+
+    TensorFile(file, kind=KIND, version=VERSION).close()
+
+
+def _keep_beside(file: Path) -> Path:
+    """Give a damaged file a second name, FILE.damaged, that no save writes over; return it."""
     number = 1
     kept = file.with_name(f"{file.name}.damaged")
     while kept.exists():
@@ -284,3 +323,4 @@ def _keep_beside(file: Path) -> None:
         os.link(file, kept)
     except OSError:  # a file system without links
         shutil.copy2(file, kept)
+    return kept

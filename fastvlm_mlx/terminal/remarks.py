@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fastvlm_mlx.errors import one_line
 from fastvlm_mlx.events import TurnsDropped
-from fastvlm_mlx.terminal.answers import Answer
+from fastvlm_mlx.terminal.answers import Answer, NamedDrop
+
+_NAMES_SHOWN = 4
 
 
 def after_answer(answer: Answer) -> list[str]:
@@ -32,17 +37,31 @@ def cut_line(answer: Answer) -> str:
         return ""
     most = answer.request.settings.max_tokens
     if answer.finished.stats.generated_tokens >= most:
-        return f"the answer was cut at {most} tokens (max_tokens)"
+        return f"the answer was cut at {counted(most, 'token')} (max_tokens)"
     return "the answer was cut: the model's context is full"
 
 
 def dropped_line(dropped: TurnsDropped) -> str:
     """Return one line that says which turns the model no longer sees."""
-    turns = f"the oldest {_count(dropped.turns, 'turn')}"
-    if dropped.images:
-        turns += f" with {_count(dropped.images, 'picture')}"
-    return f"the context is full: {turns} {'was' if dropped.turns == 1 else 'were'} dropped"
+    many = dropped.turns != 1
+    turns = f"the oldest {counted(dropped.turns, 'turn') if many else 'turn'}"
+    line = f"the context is full: {turns} {'were' if many else 'was'} dropped"
+    if not dropped.images:
+        return line
+    names = dropped.names if isinstance(dropped, NamedDrop) else ()
+    pictures = listed(names) if names else counted(dropped.images, "picture")
+    it = "it" if dropped.images == 1 else "them"
+    return f"{line}, with {pictures}: give {it} again to ask about {it}"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number != 1 else noun
+def counted(number: int, noun: str) -> str:
+    """Return "1 turn", "2 turns"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return "a, b and c", each fit for a line; of many names the first."""
+    shown = [one_line(name) for name in names[:_NAMES_SHOWN]]
+    if len(names) > _NAMES_SHOWN:
+        shown.append(f"{len(names) - _NAMES_SHOWN} more")
+    return " and ".join(part for part in (", ".join(shown[:-1]), shown[-1]) if part)

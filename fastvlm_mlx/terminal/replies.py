@@ -6,8 +6,10 @@ nothing has changed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fastvlm_mlx.errors import PromptError, one_line
 from fastvlm_mlx.terminal import clipboard
@@ -16,6 +18,8 @@ from fastvlm_mlx.terminal.attached import Attached, attach
 from fastvlm_mlx.terminal.commands import Typed, help_lines, parse, set_lines
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.dropped import split_dropped, typed_path, typed_sources
+from fastvlm_mlx.terminal.live_session import OtherConversation
+from fastvlm_mlx.terminal.remarks import counted, listed
 from fastvlm_mlx.terminal.status import stats_lines, stats_rows
 
 _SHOWN_OF_A_QUESTION = 60
@@ -102,8 +106,8 @@ def _drop(chat: Conversation, typed: Typed) -> Reply:
     facts = chat.ready()
     names = [name for name, _ in facts.pictures] + [picture.name for picture in chat.pending]
     if number > len(names):
-        counted = f"{len(names)} picture{'s' if len(names) > 1 else ''}" if names else "no pictures"
-        raise PromptError(f"there is no picture {number}: the conversation has {counted}")
+        had = counted(len(names), "picture") if names else "no pictures"
+        raise PromptError(f"there is no picture {number}: the conversation has {had}")
     chat.drop(number - 1)
     return Reply(lines=(f"dropped [{number}] {one_line(names[number - 1])}",))
 
@@ -121,14 +125,15 @@ def _undo(chat: Conversation, typed: Typed) -> Reply:
     if turns > facts.session.turns:
         had = facts.session.turns
         raise PromptError(
-            f"there is no turn {turns} to take back: the conversation has {had}"
+            f"there is no turn {turns} to take back: the conversation has {counted(had, 'turn')}"
             if had
             else "nothing was asked yet: there is nothing to take back"
         )
     last = facts.last_question or ""
     chat.rewind(turns)
     what = f"{_shortened(last)!r}" if turns == 1 else f"the last {turns} turns"
-    return Reply(lines=(f"took back {what}",))
+    names = [name for name, _ in facts.pictures[len(chat.ready().pictures) :]]
+    return Reply(lines=(f"took back {what}" + (f" and {listed(names)}" if names else ""),))
 
 
 def _edit(chat: Conversation, typed: Typed) -> Reply:
@@ -175,30 +180,67 @@ def _save(chat: Conversation, typed: Typed) -> Reply:
     file = typed_path(typed.argument) if typed.argument else chat.kept.path
     if file is None:
         raise PromptError("/save needs a FILE to write to")
-    chat.save(file)
-    return Reply(lines=(f"saved to {one_line(str(file))}",))
+    shown, before = one_line(str(file)), chat.kept.path
+    this = ("save", file)
+    try:
+        chat.save(file, replace=chat.kept.given_up == this)
+    except OtherConversation:
+        chat.kept.given_up = this
+        return Reply(
+            lines=(f"{shown} holds another conversation: the same /save again replaces it",),
+            offered=f"/save {typed.argument}".rstrip(),
+        )
+    return Reply(lines=(f"saved to {shown}{_kept_now(chat, before)}",))
 
 
 def _load(chat: Conversation, typed: Typed) -> Reply:
     file = typed_path(typed.argument)
     if not file.is_file():
         raise PromptError(f"{one_line(str(file))}: no such file")
-    turns = chat.ready().session.turns
-    if chat.kept.unsaved and turns and chat.kept.given_up != file:
-        chat.kept.given_up = file
-        what = f"the conversation of {turns} turn{'s' if turns > 1 else ''} was not saved"
+    turns, before = chat.ready().session.turns, chat.kept.path
+    this = ("load", file)
+    if turns and chat.unsaved() and chat.kept.given_up != this:
+        chat.kept.given_up = this
         return Reply(
-            lines=(f"{what}: /save FILE keeps it, the same /load again gives it up",),
+            lines=(f"{_not_saved(turns)}: /save FILE keeps it, the same /load again gives it up",),
             offered=f"/load {typed.argument}",
         )
     lines = chat.load(file)
-    turns = chat.ready().session.turns
-    return Reply(lines=(*lines, f"{turns} turn{'' if turns == 1 else 's'} loaded"))
+    loaded = f"{counted(chat.ready().session.turns, 'turn')} loaded"
+    return Reply(lines=(*lines, f"{loaded}{_kept_now(chat, before)}"))
 
 
 def _clear(chat: Conversation, _typed: Typed) -> Reply:
+    turns, kept = chat.ready().session.turns, chat.kept
+    this = ("clear", None)
+    if turns and (chat.unsaved() or kept.by_itself) and kept.given_up != this:
+        kept.given_up = this
+        if kept.by_itself and not kept.refused:
+            line = (
+                f"{one_line(str(kept.path))} will hold the new conversation: /save OTHER keeps "
+                "this one, the same /clear again begins"
+            )
+        else:
+            line = f"{_not_saved(turns)}: /save FILE keeps it, the same /clear again gives it up"
+        return Reply(lines=(line,), offered="/clear")
     chat.clear()
     return Reply(lines=("a new conversation",))
+
+
+def _not_saved(turns: int) -> str:
+    return f"the conversation of {counted(turns, 'turn')} was not saved"
+
+
+def _kept_now(chat: Conversation, before: Path | None) -> str:
+    """Return where a conversation that is saved by itself is kept from now on, if that is new."""
+    path = chat.kept.path
+    if not chat.kept.by_itself or path is None or before is None or _same(path, before):
+        return ""
+    return f"; kept in {one_line(str(path))} from now on"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _quit(_chat: Conversation, _typed: Typed) -> Reply:

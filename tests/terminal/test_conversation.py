@@ -12,12 +12,13 @@ from typing import TypeVar
 import pytest
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError, SessionError
+from fastvlm_mlx.errors import ContextFull, FastVLMError, ImageError, PromptError, SessionError
 from fastvlm_mlx.events import Finished, TextDelta, TurnsDropped
-from fastvlm_mlx.terminal.answers import Answer, Hold, Kind, Request
+from fastvlm_mlx.terminal.answers import Answer, Hold, Kind, NamedDrop, Request
 from fastvlm_mlx.terminal.attached import PictureForm
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.live_session import Opening
+from fastvlm_mlx.terminal.remarks import cut_line, dropped_line
 from fastvlm_mlx.terminal.replies import Reply, picture_line, reply
 from fastvlm_mlx.terminal.settings import Settings
 
@@ -310,6 +311,45 @@ def test_dropped_turns_are_told_before_the_answer(open_chat: Open) -> None:
     assert events[0].turns >= 1
 
 
+def test_dropped_turns_are_told_with_the_names_of_their_pictures(open_chat: Open) -> None:
+    """It said "the oldest 14 turn were dropped with picture": which, nobody could tell."""
+    chat = open_chat(settings=Settings(overflow="drop", max_tokens=1))
+    say(chat, f"{CIRCLE} " + "word " * 80)
+    for _ in range(2):
+        say(chat, "word " * 80)
+    answer = reply(chat, "word " * 240).answer
+    assert answer is not None
+    dropped = [dropped_line(event) for event in answer if isinstance(event, TurnsDropped)]
+    chat.settle(answer)
+    assert dropped == [
+        "the context is full: the oldest 3 turns were dropped, with red_circle.png: "
+        "give it again to ask about it"
+    ]
+    assert cut_line(answer) in ("", "the answer was cut at 1 token (max_tokens)")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "words"),
+    [
+        (TurnsDropped(1, 0), "the oldest turn was dropped"),
+        (NamedDrop(2, 1, ("a.png",)), "the oldest 2 turns were dropped, with a.png: give it again"),
+        (NamedDrop(1, 2, ("a", "b")), "the oldest turn was dropped, with a and b: give them again"),
+        (NamedDrop(9, 6, tuple("abcdef")), "with a, b, c, d and 2 more: give them"),
+    ],
+)
+def test_what_was_dropped_is_said_in_the_right_number(dropped: TurnsDropped, words: str) -> None:
+    assert words in dropped_line(dropped)
+
+
+def test_a_full_context_says_which_commands_help(chat: Conversation) -> None:
+    with pytest.raises(ContextFull) as first:
+        read(chat, reply(chat, "word " * 2000).answer)
+    assert "/undo" not in str(first.value)
+    say(chat, "What is this?")
+    with pytest.raises(ContextFull, match=r"\(/undo, /drop N or /set overflow drop\)$"):
+        read(chat, reply(chat, "word " * 2000).answer)
+
+
 # ---- commands
 
 
@@ -317,10 +357,19 @@ def test_undo_takes_turns_back(chat: Conversation) -> None:
     for question in ("one", "two", "three"):
         say(chat, question)
     assert reply(chat, "/undo").lines == ("took back 'three'",)
+    with pytest.raises(PromptError, match=r"no turn 99 .* has 2 turns$"):
+        reply(chat, "/undo 99")
     reply(chat, "/undo 2")
     assert chat.ready().session.turns == 0
     with pytest.raises(PromptError, match="nothing was asked yet"):
         reply(chat, "/undo")
+
+
+def test_undo_names_the_pictures_it_took_back(chat: Conversation) -> None:
+    say(chat, f"{CIRCLE} What is this?")
+    say(chat, f"{CROSSES} And these?")
+    assert reply(chat, "/undo").lines == (f"took back 'And these?' and {CROSSES.name}",)
+    assert [name for name, _ in chat.ready().pictures] == [CIRCLE.name]
 
 
 def test_edit_offers_the_question_and_asks_another_with_its_pictures(chat: Conversation) -> None:
@@ -371,7 +420,10 @@ def test_clear_keeps_system_settings_and_features(chat: Conversation) -> None:
     reply(chat, "/system Short.")
     reply(chat, "/set max_tokens 7")
     say(chat, f"{CIRCLE} What is this?")
-    reply(chat, "/clear")
+    said = reply(chat, "/clear")
+    assert "1 turn was not saved" in said.lines[0] and said.offered == "/clear"
+    assert chat.ready().session.turns == 1
+    assert reply(chat, "/clear").lines == ("a new conversation",)
     assert chat.ready().session.turns == 0 and chat.ready().pictures == ()
     assert chat.ready().system == "Short." and chat.settings.max_tokens == 7
     say(chat, f"{CIRCLE} What is this?")
@@ -473,6 +525,7 @@ def test_a_damaged_file_is_kept_beside_before_the_first_save(
     say(chat, "And now?")
     chat.leave()
     assert file.with_name("trip.chat.damaged").read_bytes() == damaged
+    assert chat.news.take() == ["kept as trip.chat.damaged"]
     again = open_chat(file=file)
     assert again.ready().session.turns == 2
     assert again.news.take() == []
@@ -493,6 +546,101 @@ def test_loading_over_unsaved_turns_asks_for_the_same_command_again(
     say(chat, "More?")
     reply(chat, f"/load {second}")
     assert reply(chat, f"/load {second}").lines == ("2 turns loaded",)
+
+
+def test_clearing_a_kept_conversation_says_what_becomes_of_its_file(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    """The conversation and its file were gone at one word, without a question."""
+    file, other = tmp_path / "trip.chat", tmp_path / "other.chat"
+    chat = open_chat(file=file)
+    say(chat, "What is this?")
+    said = reply(chat, "/clear")
+    assert said.lines[0].startswith(f"{file} will hold the new conversation: /save OTHER keeps")
+    assert reply(chat, f"/save {other}").lines == (f"saved to {other}",)
+    assert reply(chat, "/clear").lines == ("a new conversation",)
+    assert reply(chat, "/clear").lines == ("a new conversation",)
+    say(chat, "And now?")
+    chat.leave()
+    assert open_chat(file=file).ready().last_question == "And now?"
+    assert open_chat(file=other).ready().last_question == "What is this?"
+
+
+def test_a_loaded_conversation_is_kept_in_its_own_file_and_that_is_said(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "a.chat", tmp_path / "b.chat"
+    chat = open_chat(file=first)
+    say(chat, "What is this?")
+    assert reply(chat, f"/save {second}").lines == (f"saved to {second}",)
+    assert reply(chat, f"/load {second}").lines == (f"1 turn loaded; kept in {second} from now on",)
+    assert reply(chat, f"/load {second}").lines == ("1 turn loaded",)
+
+
+def test_two_chats_on_one_file_lose_nothing(open_chat: Open, tmp_path: Path) -> None:
+    """The one that saved last had the file; the other's turns were gone without a word."""
+    file, other = tmp_path / "talk", tmp_path / "other"
+    first, second = open_chat(file=file), open_chat(file=file)
+    first.ready()
+    second.ready()
+    say(first, "One?")
+    assert not first.unsaved()
+    for _ in range(2):
+        say(second, "Two?")
+    assert second.unsaved()
+    assert second.news.take() == [
+        f"{file} was changed by another program: this conversation is not saved to it; "
+        "/save another file"
+    ]
+    assert "2 turns was not saved" in reply(second, "/clear").lines[0]
+    assert reply(second, f"/save {other}").lines == (
+        f"saved to {other}; kept in {other} from now on",
+    )
+    say(second, "Three?")
+    assert not second.unsaved()
+    say(first, "Four?")
+    assert not first.unsaved() and first.news.take() == []
+    assert open_chat(file=file).ready().session.turns == 2
+    assert open_chat(file=other).ready().session.turns == 3
+
+
+def test_a_file_that_another_chat_changed_after_it_was_read_is_not_written_over(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk"
+    say(first := open_chat(file=file), "One?")
+    first.leave()
+    second, third = open_chat(file=file), open_chat(file=file)
+    second.ready()
+    third.ready()
+    say(second, "Two?")
+    assert not second.unsaved()
+    say(third, "Three?")
+    assert third.unsaved()
+    file.unlink()  # nothing is left to lose
+    say(third, "Four?")
+    assert not third.unsaved()
+
+
+def test_saving_over_another_conversation_asks_for_the_same_command_again(
+    open_chat: Open, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk"
+    say(first := open_chat(file=file), "One?")
+    first.leave()
+    chat = open_chat()
+    say(chat, "Two?")
+    said = reply(chat, f"/save {file}")
+    assert said.lines[0].startswith(f"{file} holds another conversation")
+    assert said.offered == f"/save {file}" and chat.unsaved()
+    assert open_chat(file=file).ready().last_question == "One?"
+    assert reply(chat, f"/save {file}").lines == (f"saved to {file}",)
+    say(chat, "Three?")
+    assert reply(chat, "/save").lines == (f"saved to {file}",)
+    assert open_chat(file=file).ready().session.turns == 2
+    (tmp_path / "notes.txt").write_text("my notes")
+    with pytest.raises(SessionError, match="no session"):
+        reply(chat, f"/save {tmp_path / 'notes.txt'}")
 
 
 def test_a_load_that_fails_leaves_the_conversation(chat: Conversation, tmp_path: Path) -> None:
