@@ -22,7 +22,6 @@ _MOST_NAMES = 500
 # What parts words or opens a quote; the rest of a shell's characters mean nothing here.
 _ESCAPED = re.compile(r"([ \t'\"\\])")
 _LAST_WORD = re.compile(r"(?:\\.|[^\s\\])*\Z", re.DOTALL)
-_ANCHORED = re.compile(r"(/|\./|\.\./|~[^/]*/)")
 
 
 class LineCompleter(Completer):
@@ -47,9 +46,7 @@ class LineCompleter(Completer):
             yield from commands
             if commands:
                 return
-        word = _word_before(text)
-        if _ANCHORED.match(word.lstrip("'\"")):
-            yield from _paths(word, pictures_only=True)
+        yield from _asked_paths(_word_before(text))
 
     def _arguments(self, command: str, argument: str) -> Iterator[Completion]:
         if command == "set":
@@ -63,9 +60,7 @@ class LineCompleter(Completer):
         elif command in ("image", "save", "load"):
             yield from _paths(_word_before(argument), pictures_only=command == "image")
         else:
-            word = _word_before(argument)
-            if _ANCHORED.match(word.lstrip("'\"")):
-                yield from _paths(word, pictures_only=True)
+            yield from _asked_paths(_word_before(argument))
 
 
 def _commands(start: str) -> Iterator[Completion]:
@@ -119,6 +114,15 @@ def _word_before(text: str) -> str:
             return text[start:]
     match = _LAST_WORD.search(text)
     return match[0] if match else ""
+
+
+def _asked_paths(word: str) -> Iterator[Completion]:
+    """Offer folders and pictures where a word of a question is a path: by its slash, ~ or dot."""
+    if word in ("~", ".", ".."):
+        yield Completion(f"{word}/", -len(word))
+    bare = word.lstrip("'\"")
+    if "/" in bare or bare.startswith(("~", ".")):
+        yield from _paths(word, pictures_only=True)
 
 
 def _paths(word: str, *, pictures_only: bool) -> Iterator[Completion]:

@@ -231,7 +231,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in ("my cat (1).png", "notes.txt", ".hidden.png", "e\u0301te\u0301.jpg"):
         (tmp_path / name).touch()
-    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "in").mkdir(parents=True)
+    for name in ("cat.png", "notes.txt"):
+        (tmp_path / "photos" / "in" / name).touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
@@ -252,6 +255,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("/image not", "/image not"),
         ("/load not", "/load notes.txt"),
         ("look at ./ph", "look at ./photos/"),
+        ("look at photos/", "look at photos/in/"),  # a path by its slash alone
+        ("look at photos/in/c", "look at photos/in/cat.png"),
+        ("'photos/in/", "'photos/in/cat.png'"),
+        ("photos/in/n", "photos/in/n"),  # notes.txt is no picture
+        ("look at .hid", "look at .hidden.png"),
+        ("look at ~", "look at ~/"),
+        ("look at ~/ph", "look at ~/photos/"),
+        ("look at ..", "look at ../"),
+        ("either/or", "either/or"),
+        ("/edit photos/i", "/edit photos/in/"),
         ("not a path ph", "not a path ph"),
     ],
 )
