@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,6 +21,8 @@ HISTORY_VARIABLE = "FASTVLM_HISTORY"
 MAX_ENTRIES = 1000
 MAX_ENTRY_BYTES = 32 * 1024
 """A longer text (a pasted book) is remembered while the chat runs and not written."""
+# Another chat holds the lock for a line's time; Enter must not wait for one that is stopped.
+_LOCK_TRIES, _LOCK_PAUSE_S = 10, 0.01
 _SLACK = 200  # so that not every line rewrites the file
 _MAX_FILE_BYTES = 2 * 2**20
 
@@ -77,7 +80,7 @@ class HistoryFile:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             file = os.open(self.path, flags, 0o600)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(file)
                 with contextlib.suppress(FileNotFoundError):
                     if os.path.samestat(os.fstat(file), self.path.stat()):
                         os.fchmod(file, 0o600)
@@ -95,6 +98,16 @@ class HistoryFile:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def _lock(file: int) -> None:
+    """Lock a file for one writer. Raises BlockingIOError if another one holds it for long."""
+    for _ in range(_LOCK_TRIES - 1):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOCK_PAUSE_S)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _tail(file: int) -> bytes:

@@ -122,9 +122,10 @@ class Chat:
         rows: int = 24,
         env: Mapping[str, str | None] | None = None,
         cwd: Path | None = None,
+        code: str = CHAT,
         **streams: Any,
     ) -> None:
-        """`streams` (stdin, stdout, as subprocess takes them) are the terminal unless given."""
+        """`code` runs the chat; `streams` (stdin, stdout) are the terminal unless given."""
         self._master, self._slave = os.openpty()
         self.raw = b""
         self._replies = b""
@@ -134,7 +135,7 @@ class Chat:
         self._set_size(columns, rows)
         self.modes = termios.tcgetattr(self._slave)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CHAT, "chat", *map(str, arguments)],
+            [sys.executable, "-c", code, "chat", *map(str, arguments)],
             **dict.fromkeys(("stdin", "stdout", "stderr"), self._slave) | streams,
             env=environment(home, env), cwd=cwd or home, start_new_session=True,
         )  # fmt: skip

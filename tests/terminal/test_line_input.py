@@ -316,6 +316,20 @@ def test_ctrl_v_survives_a_clipboard_that_cannot_be_asked() -> None:
         assert shown[0] == "on macOS only"
 
 
+def test_a_history_that_another_program_holds_is_given_up_not_waited_for(tmp_path: Path) -> None:
+    """Enter waited for the lock, silently, for as long as the other held it."""
+    import fcntl
+
+    path = tmp_path / "history"
+    HistoryFile(path).append("before")
+    with path.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            HistoryFile(path).append("after")
+    HistoryFile(path).append("later")
+    assert HistoryFile(path).entries() == ["before", "later"]
+
+
 def test_the_prompt_counts_pending_pictures_and_the_status_has_the_windows_width() -> None:
     widths: list[int] = []
     with keyboard(status=lambda columns: widths.append(columns) or "s") as keys:
