@@ -83,7 +83,9 @@ def command(
 
     IMAGE is a file, an http(s) URL or a data: URI; it goes with the first question. More are added
     by dragging them onto the terminal or typing their paths. In the chat, /help lists the
-    commands. Through a pipe each line is a question or a command.
+    commands. Through a pipe, and with --plain, each line is a question or a command; a backslash at
+    its end joins the next line to it. Answers go to standard output, everything else to standard
+    error.
     """
     from fastvlm_mlx.terminal.attached import PictureForm
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,7 +24,7 @@ from fastvlm_mlx.terminal.clipboard import picture_in_clipboard
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.line_input import Cancelled, LineInput
 from fastvlm_mlx.terminal.remarks import after_answer, dropped_line
-from fastvlm_mlx.terminal.replies import picture_line, reply
+from fastvlm_mlx.terminal.replies import picture_line, reply, worth_offering
 from fastvlm_mlx.terminal.screen import BOLD, DIM, RED, Screen
 from fastvlm_mlx.terminal.status import status_line
 from fastvlm_mlx.terminal.tty_state import KeptKeys, Signals
@@ -34,6 +35,8 @@ T = TypeVar("T")
 _SILENT_S = 0.3
 # So many Ctrl-C while one answer stops: the chat is left.
 _LEAVING_CTRL_C = 3
+
+_GREETING = "Drag pictures here or type their paths, then ask. /help lists the commands."
 
 
 class _Leave(Exception):
@@ -52,10 +55,12 @@ class App:
         self._screen = Screen(sys.stdout)
         self._answer: Answer | None = None
         self._prompting = False
+        self._interruptible = False
+        self._pressed = False
         self._ended_by: int | None = None
         self._input = LineInput(
             history_file=history_file,
-            status=lambda columns: status_line(chat.status, columns),
+            status=self._status,
             images=lambda: len(chat.pending),
             color=self._screen.color,
             on_image_paste=self._paste_picture,
@@ -75,6 +80,7 @@ class App:
             keys = stack.enter_context(KeptKeys(sys.stdin, sys.stdout))
             stack.enter_context(Signals(self._hear_signal, keys, lambda: self._prompting))
             try:
+                self._greet()
                 self._show_pictures(pictures)
                 self._converse()
             except _Leave as leave:
@@ -93,7 +99,7 @@ class App:
             except FastVLMError as error:
                 self._check(line)
                 self._say_error(error)
-                offered = line
+                offered = line if worth_offering(line) else ""
             except KeyboardInterrupt:
                 self._chat.abandon()
                 self._screen.say("stopped", DIM)
@@ -104,7 +110,11 @@ class App:
     def _do(self, line: str) -> str:
         """Do what a line says; return what is to be offered for the next."""
         self._check(line)
+        if self._ended_by is not None:
+            self._screen.say(f"not asked: {line}")
+            raise _Leave(self._exit_code())
         with ExitStack() as stack:
+            stack.enter_context(self._interrupts())
             if "://" in line:  # a download may take its time
                 stack.enter_context(self._screen.new_stream()).wait("reading…")
             said = reply(self._chat, line, columns=self._screen.columns())
@@ -124,6 +134,8 @@ class App:
         """Read a line; Ctrl-C clears it, and leaves when pressed twice with nothing typed."""
         leaving = False
         while True:
+            if self._ended_by is not None:
+                raise _Leave(self._exit_code())
             self._show_notes()
             self._prompting = True
             try:
@@ -162,6 +174,14 @@ class App:
             self._input.cancel()
         else:  # rich takes 0.1 s, which is here the time a user takes to type
             importlib.import_module("fastvlm_mlx.terminal.markdown_stream")
+            resumed = self._chat.resumed(self._screen.columns() - 1)
+            if resumed:
+                self._chat.news.say(resumed)
+
+    def _status(self, columns: int) -> str:
+        # The prompt is drawn: a Ctrl-C from before it had nothing left to stop.
+        self._pressed = False
+        return status_line(self._chat.status, columns)
 
     def _paste_picture(self) -> str | None:
         data = picture_in_clipboard()
@@ -186,9 +206,11 @@ class App:
         try:
             while not forgotten:
                 try:
-                    self._wait_until_done(self._chat.opened)
+                    with self._interrupts():
+                        self._wait_until_done(self._chat.opened)
                     # From here on Ctrl-C is heard between two events, never while one is drawn.
                     self._answer = answer
+                    self._heed()
                     self._say_waiting()
                     for event in answer:
                         self._draw(event)
@@ -242,6 +264,11 @@ class App:
 
     # ---- the screen
 
+    def _greet(self) -> None:
+        file = self._chat.kept.path
+        if file is None or not file.exists():
+            self._screen.say(_GREETING, DIM)
+
     def _show_pictures(self, pictures: tuple[Attached, ...]) -> None:
         for picture in pictures:
             if self._chat.settings.preview:
@@ -261,7 +288,11 @@ class App:
     # ---- signals
 
     def _hear_signal(self, number: int) -> None:
-        """SIGINT stops what is going on; SIGTERM and SIGHUP end the chat."""
+        """SIGINT stops what is going on; SIGTERM and SIGHUP end the chat.
+
+        An interrupt is raised where the chat waits, and nowhere else: what is drawn, noted and
+        saved between a question and the next is finished first.
+        """
         if number != signal.SIGINT:
             self._ended_by = number
             if self._prompting:
@@ -269,5 +300,22 @@ class App:
                 return
         if self._answer is not None:
             self._answer.wake()
+        elif self._interruptible:
+            raise KeyboardInterrupt
         else:
+            self._pressed = True
+
+    @contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """Let Ctrl-C raise KeyboardInterrupt in here, also one pressed just before."""
+        self._interruptible = True
+        try:
+            self._heed()
+            yield
+        finally:
+            self._interruptible = False
+
+    def _heed(self) -> None:
+        if self._pressed:
+            self._pressed = False
             raise KeyboardInterrupt

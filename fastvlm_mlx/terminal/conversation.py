@@ -19,6 +19,7 @@ from fastvlm_mlx.terminal.kept_file import KeptFile
 from fastvlm_mlx.terminal.live_session import Facts, LiveSession, Opening
 from fastvlm_mlx.terminal.model_thread import ModelThread
 from fastvlm_mlx.terminal.news import News
+from fastvlm_mlx.terminal.remarks import resumed_line
 from fastvlm_mlx.terminal.settings import Settings
 from fastvlm_mlx.terminal.status import StatusFacts
 
@@ -105,6 +106,12 @@ class Conversation:
             pending_images=len(self.pending),
             stopping=self._ending is not None and not self._ending.done(),
         )
+
+    def resumed(self, columns: int) -> str:
+        """Return a line on the conversation that was opened, if its file held one; else ""."""
+        if self.facts is None or self.kept.path is None:
+            return ""
+        return resumed_line(self.kept.path.name, self.facts, columns)
 
     def ready(self) -> Facts:
         """Wait until the session is open; return its facts.

@@ -1,14 +1,17 @@
 """The chat without drawing: piped, on a dumb terminal, or by choice. Each line is one turn.
 
 Answers go to standard output, as they are when it is no terminal; everything else to standard
-error. Imports neither prompt_toolkit nor rich.
+error. A backslash at a line's end joins the next one to it. Imports neither prompt_toolkit nor
+rich.
 """
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
 from typing import Any, TextIO
 
@@ -47,6 +50,8 @@ class PlainChat:
         """
         for picture in pictures if self._typed else ():
             self._say(picture_line(self._chat, picture))
+        if self._typed:
+            self._chat.opened.add_done_callback(self._hear_opened)
         while line := self._read():
             try:
                 if not self._do(line.removesuffix("\n")):
@@ -61,21 +66,39 @@ class PlainChat:
         return 0
 
     def _read(self) -> str:
+        """Read a line, with those below it that a backslash at its end joins to it; "" at the end.
+
+        As in the terminal, two backslashes are no such end.
+        """
         self._notes()
+        line = self._read_one("> ")
+        while _goes_on(line):
+            more = self._read_one("  ")
+            if not more:
+                break
+            line = line.removesuffix("\n")[:-1] + "\n" + more
+        return line
+
+    def _read_one(self, prompt: str) -> str:
         if self._typed:
             self._calm()
-            sys.stderr.write("> ")
+            sys.stderr.write(prompt)
             sys.stderr.flush()
         return self._in.readline()
 
+    def _hear_opened(self, opened: Future[list[str]]) -> None:
+        if opened.exception() is None:
+            resumed = self._chat.resumed(shutil.get_terminal_size().columns)
+            if resumed:
+                self._chat.news.say(resumed)
+
     def _do(self, line: str) -> bool:
         """Do what a line says; return whether there is to be a next one."""
-        said = reply(self._chat, line, columns=_COLUMNS)
+        said = reply(self._chat, line, columns=_COLUMNS, can_offer=False)
         for picture in said.pictures if self._typed else ():
             self._say(f"{picture.name} {picture.width}x{picture.height}")
-        for text in (*said.lines, said.offered):
-            if text:
-                self._say_line(safe(text))
+        for text in said.lines:
+            self._say_line(safe(text))
         if said.answer is not None:
             self._show(said.answer)
         return not said.leaves
@@ -117,6 +140,11 @@ class PlainChat:
 
     def _say(self, line: str) -> None:
         self._say_line(f"fastvlm: {safe(line)}" if not self._typed else safe(line))
+
+
+def _goes_on(line: str) -> bool:
+    text = line.removesuffix("\n")
+    return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
 class _Shown:

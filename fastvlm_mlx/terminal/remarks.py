@@ -3,12 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastvlm_mlx.errors import one_line
 from fastvlm_mlx.events import TurnsDropped
 from fastvlm_mlx.terminal.answers import Answer, NamedDrop
+from fastvlm_mlx.terminal.status import cells
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.terminal.live_session import Facts
 
 _NAMES_SHOWN = 4
+
+
+def resumed_line(name: str, facts: Facts, columns: int) -> str:
+    """Return what a session file that is gone on with holds; "" if that is no turn.
+
+    It has at most `columns` cells: the question is shortened.
+    """
+    if not facts.session.turns:
+        return ""
+    line = f"{one_line(name)}: {counted(facts.session.turns, 'turn')}"
+    if facts.pictures:
+        line += f", {counted(len(facts.pictures), 'picture')}"
+    line += f"; last question: {one_line(facts.last_question or '')}"
+    if cells(line) <= columns:
+        return line
+    while line and cells(line) >= columns:
+        line = line[:-1]
+    return f"{line}…"
 
 
 def after_answer(answer: Answer) -> list[str]:

@@ -37,8 +37,11 @@ class Reply:
     leaves: bool = False
 
 
-def reply(chat: Conversation, line: str, *, columns: int = 80) -> Reply:
-    """Do what a line says. Raises FastVLMError."""
+def reply(chat: Conversation, line: str, *, columns: int = 80, can_offer: bool = True) -> Reply:
+    """Do what a line says; `can_offer` is whether `offered` can be changed there before it is sent.
+
+    Raises FastVLMError.
+    """
     if not line.strip():
         return Reply()
     typed = parse(line)
@@ -52,7 +55,21 @@ def reply(chat: Conversation, line: str, *, columns: int = 80) -> Reply:
         return _stats(chat, columns)
     if typed.command.name == "set":
         return _set(chat, typed, columns)
+    if typed.command.name == "edit" and not typed.argument and not can_offer:
+        line = f"the last question was: {_last_question(chat)}; /edit TEXT asks another"
+        return Reply(lines=(line,))
     return _COMMANDS[typed.command.name](chat, typed)
+
+
+def worth_offering(line: str) -> bool:
+    """Return whether a line that failed is typed again: a text is, another command is not."""
+    try:
+        typed = parse(line)
+    except PromptError:
+        return False
+    if typed.command is None:
+        return True
+    return typed.command.name in ("edit", "system") and bool(typed.argument)
 
 
 def picture_line(chat: Conversation, picture: Attached) -> str:
@@ -137,9 +154,7 @@ def _undo(chat: Conversation, typed: Typed) -> Reply:
 
 
 def _edit(chat: Conversation, typed: Typed) -> Reply:
-    last = chat.ready().last_question
-    if last is None:
-        raise PromptError("nothing was asked yet: there is nothing to edit")
+    last = _last_question(chat)
     if not typed.argument:
         return Reply(lines=("change the question and press Enter:",), offered=f"/edit {last}")
     dropped = split_dropped(typed.argument)
@@ -149,6 +164,13 @@ def _edit(chat: Conversation, typed: Typed) -> Reply:
         raise PromptError("/edit takes a question; /image adds a picture to the next one")
     answer = chat.ask(text, kind="edit", pictures=pictures, typed=f"/edit {typed.argument}")
     return Reply(answer=answer)
+
+
+def _last_question(chat: Conversation) -> str:
+    last = chat.ready().last_question
+    if last is None:
+        raise PromptError("nothing was asked yet: there is nothing to edit")
+    return last
 
 
 def _system(chat: Conversation, typed: Typed) -> Reply:

@@ -59,6 +59,31 @@ def test_commands_answer_on_standard_error(run: Run) -> None:
     assert ran.err.startswith("temperature 0.5\nYou are a helpful assistant.\n/image")
 
 
+def test_a_backslash_at_the_end_goes_on_with_the_next_line(run: Run, engine: fv.Engine) -> None:
+    stdin = b"What is this?\\\nAnd the colour?\nAnd C:\\\\\nEnd.\\"
+    ran = run("chat", *MODEL, stdin=stdin)
+    session = engine.chat()
+    questions = ("What is this?\nAnd the colour?", "And C:\\\\", "End.\\")
+    assert ran.out == "".join(session.ask(question).text + "\n" for question in questions)
+
+
+def test_in_a_pipe_a_command_that_costs_turns_is_given_twice(run: Run) -> None:
+    stdin = b"What is this?\n/clear\n/edit\n/clear\n/system\n"
+    ran = run("chat", *MODEL, stdin=stdin)
+    assert ran.err.splitlines() == [
+        "the conversation of 1 turn was not saved: /save FILE keeps it, "
+        "the same /clear again gives it up",
+        "the last question was: What is this?; /edit TEXT asks another",
+        "a new conversation",
+        "You are a helpful assistant.",
+    ]
+
+
+def test_the_help_says_where_output_goes(run: Run) -> None:
+    out = " ".join(run("chat", "--help").out.split())
+    assert "Answers go to standard output, everything else to standard error." in out
+
+
 def test_the_first_error_ends_the_run_after_what_was_answered(run: Run) -> None:
     ran = run("chat", *MODEL, stdin=b"What is this?\n/frob\nnever asked\n")
     assert ran.code == 2

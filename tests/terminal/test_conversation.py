@@ -19,7 +19,7 @@ from fastvlm_mlx.terminal.attached import PictureForm
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.live_session import Opening
 from fastvlm_mlx.terminal.remarks import cut_line, dropped_line
-from fastvlm_mlx.terminal.replies import Reply, picture_line, reply
+from fastvlm_mlx.terminal.replies import Reply, picture_line, reply, worth_offering
 from fastvlm_mlx.terminal.settings import Settings
 
 PICTURES = Path(__file__).parents[2] / "examples" / "images"
@@ -465,6 +465,27 @@ def test_a_session_is_kept_after_every_turn_and_gone_on_with(
     assert second.leave()
 
 
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "talk: 1 turn, 1 picture; last question: What is this?"),
+        (50, "talk: 1 turn, 1 picture; last question: What is t…"),
+    ],
+)
+def test_a_file_gone_on_with_says_what_it_holds(
+    open_chat: Open, tmp_path: Path, columns: int, shown: str
+) -> None:
+    file = tmp_path / "talk"
+    first = open_chat(file=file)
+    first.ready()
+    assert first.resumed(80) == ""
+    say(first, f"{CIRCLE} What is this?")
+    first.leave()
+    second = open_chat(file=file)
+    second.ready()
+    assert second.resumed(columns) == shown
+
+
 def test_an_answer_under_way_is_saved_as_far_as_it_was_seen(
     open_chat: Open, tmp_path: Path
 ) -> None:
@@ -652,6 +673,28 @@ def test_a_load_that_fails_leaves_the_conversation(chat: Conversation, tmp_path:
     with pytest.raises(PromptError, match="no such file"):
         reply(chat, "/load missing.chat")
     assert chat.ready().session.turns == 1
+
+
+# ---- a line that failed
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("What is this?", True),
+        ("./missing.png What?", True),
+        ("//etc/hosts is what?", True),
+        ("/edit What shape?", True),
+        ("/sys Be brief.", True),
+        ("/edit", False),
+        ("/imagse", False),
+        ("/load nowhere.chat", False),
+        ("/quit now", False),
+    ],
+)
+def test_a_text_that_failed_is_offered_again_and_a_command_is_not(line: str, offered: bool) -> None:
+    """The next line was typed behind the command that had failed."""
+    assert worth_offering(line) is offered
 
 
 # ---- a model that is not to be had

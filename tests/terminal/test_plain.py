@@ -86,10 +86,26 @@ def test_pictures_errors_and_answers_are_lines(dumb: list[Dumb]) -> None:
     at = chat.type("What number is this?\n")
     chat.until("positions reused\n> ", after=at)
     at = chat.type("/edit\n")
-    chat.until("/edit What number is this?\n", after=at)
+    chat.until("last question was: What number is this?; /edit TEXT asks another\n> ", after=at)
+    at = chat.type("/clear\n")
+    chat.until("the same /clear again gives it up\n> ", after=at)
     chat.type("\x04")
     assert chat.end() == 0
     assert "\x1b" not in chat.seen
+
+
+def test_a_conversation_that_is_gone_on_with_says_what_there_is(
+    dumb: list[Dumb], tmp_path: Path
+) -> None:
+    words = (PICTURES / "number_42.png", "--model", "demo", "--session", tmp_path / "talk")
+    first = start(dumb, *words)
+    first.type("What is this?\n\x04")
+    assert first.end() == 0 and "talk: " not in first.seen
+    second = start(dumb, *words[1:])
+    second.type("/edit\n")
+    second.until("talk: 1 turn, 1 picture; last question: What is this?\n")
+    second.type("\x04")
+    assert second.end() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(dumb: list[Dumb], counting: Path) -> None:
