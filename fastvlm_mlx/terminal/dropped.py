@@ -15,6 +15,7 @@ import os
 import re
 import urllib.parse
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 PICTURE_SUFFIXES = tuple(
@@ -36,6 +37,10 @@ _FILE_URI = re.compile(r"file:(?://(?:localhost)?)?(/[^/].*)", re.IGNORECASE)
 _PUNCTUATION = ",.;:!?)"
 _OPENING = "([{<!"
 _LONGEST_PATH = 4 * 4096  # PATH_MAX, each character escaped, and to spare
+# Each word may ask the file system several times, while the prompt stands still.
+_LONGEST_DROP = 32 * 1024
+_MOST_ENDS = 8  # of a name with bare blanks
+_MOST_ESCAPES = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +67,11 @@ def split_dropped(text: str) -> Dropped:
     name without "/" needs both, a picture's ending and a file. `~` is left for who opens it. Also a
     `file://` URI (decoded), a picture's `data:` URI, and an http(s) URL that ends like a picture.
     If all the words are URLs, of anything, or end like pictures, all are sources. Where a source
-    was, one separator stays.
+    was, one separator stays. A text of over 32 KiB, or full of escaped
+    blanks, is a pasted text, and is not searched.
     """
+    if len(text) > _LONGEST_DROP or text.count("\\ ") > _MOST_ESCAPES:
+        return Dropped((), text)
     names = _names_only(text)
     if names:
         return Dropped(names, "")
@@ -233,7 +241,8 @@ def _unescape(text: str, start: int) -> tuple[str, int]:
     """Read up to an unescaped blank; a backslash takes the next character as it is, quotes too."""
     pieces: list[str] = []
     position = start
-    while position < len(text) and text[position] not in _BLANK:
+    last = min(len(text), start + _LONGEST_PATH)
+    while position < last and text[position] not in _BLANK:
         if text[position] == "\\" and text[position + 1 : position + 2] not in ("", "\n", "\r"):
             position += 1
         pieces.append(text[position])
@@ -272,7 +281,7 @@ def _shell_word(text: str, start: int) -> tuple[str, int] | None:
 def _unescaped_path(text: str, start: int) -> str | None:
     """Return the file whose name with bare spaces starts there, as Alacritty writes it."""
     line = text[start : start + _LONGEST_PATH].partition("\n")[0]
-    for end in _ENDS_LIKE_A_PICTURE.finditer(line):
+    for end in islice(_ENDS_LIKE_A_PICTURE.finditer(line), _MOST_ENDS):
         if _is_file(line[: end.end()]):
             return line[: end.end()]
     return None

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from fastvlm_mlx.terminal import dropped
 from fastvlm_mlx.terminal.dropped import (
     PICTURE_SUFFIXES,
     Dropped,
@@ -281,3 +282,18 @@ def test_a_long_text_of_quotes_takes_one_pass() -> None:
     """Each open quote once read on to the text's end: a pasted book took minutes."""
     text = "'tis \"so " * 100_000
     assert split_dropped(text) == Dropped((), text)
+
+
+def test_a_pasted_text_full_of_paths_asks_the_file_system_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ten kilobytes of paths took twelve seconds: each word asked for all that might follow."""
+    asked: list[str] = []
+    real = dropped._is_file
+    monkeypatch.setattr(dropped, "_is_file", lambda word: asked.append(word) or real(word))
+    count = 500
+    assert len(split_dropped("What of /x/nonexist.png " * count).sources) == count
+    assert len(asked) <= 16 * count
+    asked.clear()
+    assert split_dropped("/x/nonexist.png " * 5000) == Dropped((), "/x/nonexist.png " * 5000)
+    assert not asked
