@@ -10,10 +10,12 @@ import atexit
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -22,6 +24,7 @@ from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import Command, chosen_model, image_options, option
 from fastvlm_mlx.errors import FastVLMError, ImageError, one_line
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM
+from fastvlm_mlx.terminal.tty_state import KeptKeys, Signals
 
 if TYPE_CHECKING:
     from fastvlm_mlx.terminal.attached import Attached, PictureForm
@@ -90,19 +93,30 @@ def command(
     from fastvlm_mlx.terminal.attached import PictureForm
 
     interactive = not plain and _is_terminal()
-    if interactive:
-        _require_extra()
-    sampling = chosen_sampling(given)
-    _check_session(given["session"])
-    form = PictureForm(
-        resolution=given["resolution"],
-        image_mode=given["image_mode"],
-        background=given["background"],
-    )
-    pictures = _read(images, form)
-    name = chosen_model(model, console)
-    run = _interactive if interactive else _plain
-    return run(console, name, given | {"sampling": sampling}, form, pictures)
+    with ExitStack() as stack:
+        if interactive:
+            _require_extra()
+            # From here on what is typed waits for the prompt: a picture may take seconds to fetch.
+            keys = stack.enter_context(KeptKeys(sys.stdin, sys.stdout))
+            stack.enter_context(Signals(_leave, keys, lambda: False))
+        sampling = chosen_sampling(given)
+        _check_session(given["session"])
+        form = PictureForm(
+            resolution=given["resolution"],
+            image_mode=given["image_mode"],
+            background=given["background"],
+        )
+        pictures = _read(images, form)
+        name = chosen_model(model, console)
+        run = _interactive if interactive else _plain
+        return run(console, name, given | {"sampling": sampling}, form, pictures)
+
+
+def _leave(number: int) -> NoReturn:
+    """End by a signal, the terminal given back, while there is no chat yet."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise SystemExit(128 + number)
 
 
 def _is_terminal() -> bool:
@@ -121,9 +135,13 @@ def _require_extra() -> None:
 
 def _check_session(file: Path | None) -> None:
     """Say now what would keep the conversation from being saved."""
-    if file is not None and not file.expanduser().parent.is_dir():
-        shown = one_line(str(file))
+    if file is None:
+        return
+    shown, folder = one_line(str(file)), file.expanduser().parent
+    if not folder.is_dir():
         raise FastVLMError(f"{shown} cannot be written: there is no folder {file.parent}")
+    if not os.access(folder, os.W_OK):
+        raise FastVLMError(f"{shown} cannot be written: no permission to write in {file.parent}")
 
 
 def _read(sources: Sequence[str], form: PictureForm) -> tuple[Attached, ...]:
@@ -232,7 +250,8 @@ def _chat(
             atexit.register(_end_now, chat, code)
     for note in chat.news.take():
         click.echo(f"fastvlm: {one_line(note)}", err=True)
-    return code
+    lost = chat.kept.by_itself and chat.kept.unsaved
+    return 2 if lost and code == 0 else code
 
 
 def _shown_name(model: str) -> str:
@@ -252,8 +271,9 @@ def _left(chat: Conversation) -> bool:
 def _end_now(chat: Conversation, code: int) -> None:
     if chat.ended:
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a full disk, or closed: we leave all the same
+            stream.flush()
     os._exit(code)
 
 

@@ -11,10 +11,12 @@ import errno
 import importlib
 import io
 import logging
+import os
 import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -113,6 +115,7 @@ class _Lines(logging.Handler):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` default to sys.argv's."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # An answer may hold what the terminal's encoding lacks: "?" rather than a crash.
@@ -133,6 +136,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _fail("the answer cannot be written: no space left on the device")
         return _fail_bug(error, words)
     return code if isinstance(code, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Read nothing from, and write nowhere to, what the caller closed (`<&-`, `>&-`)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115 (until the end)
+            setattr(sys, name, stream)
 
 
 def _fail_import(error: ImportError, words: Sequence[str]) -> int:

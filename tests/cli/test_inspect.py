@@ -196,7 +196,7 @@ def seven_billion(folder: Path) -> Path:
     return folder
 
 
-# What a process says of its peak. Linux hands a parent's ru_maxrss on to its child; VmHWM is its own.
+# A process's own peak: Linux hands a parent's ru_maxrss on to its child, VmHWM begins anew.
 PEAK_BYTES = (
     "__import__('resource').getrusage(0).ru_maxrss"
     if sys.platform == "darwin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli.interrupt import Interrupt
-from tests.cli.command import Ran, Run, spawn, wait
+from tests.cli.command import COMMAND, Ran, Run, spawn, wait
 
 ESC = "\x1b"
 
@@ -210,3 +211,14 @@ def test_an_answer_beyond_the_terminals_encoding_is_no_crash() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, b"?\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_caller_closed_is_an_empty_one(closed: str) -> None:
+    """It was reported as a bug of ours: None has no isatty."""
+    command = f"{shlex.join(COMMAND)} chat --model demo --plain {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], input="", capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "bug" not in done.stderr

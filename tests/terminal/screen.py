@@ -155,6 +155,11 @@ class Chat:
         os.close(self._master)
         os.close(self._slave)
 
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether the chat has taken the terminal, so that Enter waits as it was typed."""
+        return not termios.tcgetattr(self._slave)[0] & termios.ICRNL
+
     # ---- what the user does
 
     def type(self, text: str) -> None:

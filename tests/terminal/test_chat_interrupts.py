@@ -74,3 +74,25 @@ def test_ctrl_c_right_after_enter_offers_the_question_again(chat: Start) -> None
     terminal.wait_for(lambda: terminal.is_typed("Hello"))
     terminal.press("ctrl-c")
     terminal.quit()
+
+
+def test_a_question_sent_before_the_prompt_is_there_is_asked(chat: Start) -> None:
+    """Its Enter came as Ctrl-J, a new line, since the terminal was taken only with the prompt."""
+    terminal = chat()
+    terminal.wait_for(lambda: terminal.keeps_keys)
+    assert not terminal.text.strip()
+    terminal.type("Hello\r")
+    terminal.wait_for("to first token")
+    terminal.wait_for_prompt()
+    terminal.quit()
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_the_prompt_is_there_gives_the_terminal_back(
+    chat: Start, number: str, code: int
+) -> None:
+    place = ("fastvlm_mlx.terminal.conversation", "Conversation", "__init__", 1, False)
+    raising = _RAISING.replace("SIGINT", number).replace("{place}", ", ".join(map(repr, place)))
+    terminal = chat(code=raising)
+    assert terminal.wait_for_end() == code
+    terminal.assert_restored()
