@@ -6,8 +6,6 @@ numbers, as `Facts`. Knows no terminal and no commands.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from fastvlm_mlx.errors import ContextFull, PromptError, SessionError, one_line
 from fastvlm_mlx.events import ChatEvent, TextDelta, TurnsDropped
 from fastvlm_mlx.terminal.answers import Hold, NamedDrop, Request
 from fastvlm_mlx.terminal.attached import Attached, PictureForm
-from fastvlm_mlx.terminal.seen_files import SeenFiles
+from fastvlm_mlx.terminal.seen_files import SeenFiles, keep_beside, require_session
 from fastvlm_mlx.terminal.settings import Settings
 from fastvlm_mlx.terminal.status import SessionFacts
 
@@ -215,13 +213,13 @@ class LiveSession:
         since this chat read or wrote it; not with `replace`.
         """
         if not replace and self._seen.is_others(file):
-            _require_session(file)
+            require_session(file)
             raise OtherConversation(
                 f"{one_line(str(file))} was changed by another program: this conversation is not "
                 "saved to it; /save another file"
             )
         if self._damaged is not None and self._damaged == file:
-            self._say(f"kept as {one_line(_keep_beside(file).name)}")
+            self._say(f"kept as {one_line(keep_beside(file).name)}")
             self._damaged = None
         self.session.save(file)
         self._seen.note(file)
@@ -302,25 +300,3 @@ def _precision(engine: Engine) -> str:
     modules = engine.pipeline.model.decoder.modules()
     bits = next((module.bits for module in modules if hasattr(module, "bits")), None)
     return str(engine.dtype).removeprefix("mlx.core.") if bits is None else f"{bits} bit"
-
-
-def _require_session(file: Path) -> None:
-    """Raise the SessionError of a file that is no session, which no save replaces."""
-    from fastvlm_mlx.generate.session_file import KIND, VERSION
-    from fastvlm_mlx.generate.tensor_file import TensorFile
-
-    TensorFile(file, kind=KIND, version=VERSION).close()
-
-
-def _keep_beside(file: Path) -> Path:
-    """Give a damaged file a second name, FILE.damaged, that no save writes over; return it."""
-    number = 1
-    kept = file.with_name(f"{file.name}.damaged")
-    while kept.exists():
-        number += 1
-        kept = file.with_name(f"{file.name}.damaged{number}")
-    try:
-        os.link(file, kept)
-    except OSError:  # a file system without links
-        shutil.copy2(file, kept)
-    return kept

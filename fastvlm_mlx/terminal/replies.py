@@ -56,7 +56,8 @@ def reply(chat: Conversation, line: str, *, columns: int = 80, can_offer: bool =
     if typed.command.name == "set":
         return _set(chat, typed, columns)
     if typed.command.name == "edit" and not typed.argument and not can_offer:
-        line = f"the last question was: {_last_question(chat)}; /edit TEXT asks another"
+        last = one_line(_last_question(chat))
+        line = f"the last question was: {last}; /edit TEXT asks another"
         return Reply(lines=(line,))
     return _COMMANDS[typed.command.name](chat, typed)
 

@@ -1,11 +1,12 @@
-"""What each session file was when this chat last read or wrote it.
+"""What each session file was when this chat last read or wrote it, and what no save may lose.
 
-Tells another program's conversation in a file from ours. Knows nothing of what is in a file.
+Tells another program's conversation in a file from ours. Knows nothing of conversations.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -26,6 +27,28 @@ class SeenFiles:
         """Return whether there is something in a file that was not read or written here."""
         now = _stamp(file)
         return now is not None and now != self._stamps.get(os.path.realpath(file))
+
+
+def require_session(file: Path) -> None:
+    """Raise the SessionError of a file that is no session, which no save replaces."""
+    from fastvlm_mlx.generate.session_file import KIND, VERSION
+    from fastvlm_mlx.generate.tensor_file import TensorFile
+
+    TensorFile(file, kind=KIND, version=VERSION).close()
+
+
+def keep_beside(file: Path) -> Path:
+    """Give a damaged file a second name, FILE.damaged, that no save writes over; return it."""
+    number = 1
+    kept = file.with_name(f"{file.name}.damaged")
+    while kept.exists():
+        number += 1
+        kept = file.with_name(f"{file.name}.damaged{number}")
+    try:
+        os.link(file, kept)
+    except OSError:  # a file system without links
+        shutil.copy2(file, kept)
+    return kept
 
 
 def _stamp(file: Path) -> _Stamp | None:
