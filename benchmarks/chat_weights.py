@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import fastvlm_mlx as fv
+from benchmarks.conversion import qwen2_shapes
 from fastvlm_mlx.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -29,29 +30,6 @@ import source_folders  # noqa: E402
 import sources  # noqa: E402
 
 DEMO = Path(fv.__file__).parent / "demo"
-
-
-def decoder_shapes() -> dict[str, tuple[int, ...]]:
-    """Return the decoder's tensors by mlx-vlm's names."""
-    sizes = PRESETS["0.5b"].decoder
-    hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    narrow = hidden // sizes.num_heads * sizes.num_kv_heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed_tokens.weight": (sizes.vocab_size, hidden),
-        "norm.weight": (hidden,),
-    }
-    for layer in range(sizes.num_layers):
-        at = f"layers.{layer}."
-        for name, width in (("q", hidden), ("k", narrow), ("v", narrow)):
-            shapes[f"{at}self_attn.{name}_proj.weight"] = (width, hidden)
-            shapes[f"{at}self_attn.{name}_proj.bias"] = (width,)
-        shapes[f"{at}self_attn.o_proj.weight"] = (hidden, hidden)
-        shapes[f"{at}mlp.gate_proj.weight"] = (inner, hidden)
-        shapes[f"{at}mlp.up_proj.weight"] = (inner, hidden)
-        shapes[f"{at}mlp.down_proj.weight"] = (hidden, inner)
-        shapes[f"{at}input_layernorm.weight"] = (hidden,)
-        shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
-    return {f"language_model.model.{key}": shape for key, shape in shapes.items()}
 
 
 def decoder_values(key: str, shape: tuple[int, ...], words: int) -> np.ndarray:
@@ -95,7 +73,7 @@ def write_folder(folder: Path) -> Path:
             key = f"mm_projector.{place}.{leaf}"
             tensors[key] = fileformats.stored(sources.frozen_value(key, shape), "BF16")
     words = len(json.loads((DEMO / "tokenizer.json").read_text())["model"]["vocab"])
-    for key, shape in decoder_shapes().items():
+    for key, shape in qwen2_shapes(PRESETS["0.5b"].decoder, "language_model.model.").items():
         tensors[key] = fileformats.stored(decoder_values(key, shape, words), "BF16")
     return source_folders.write_mlx_vlm(folder, source, tensors=tensors)
 

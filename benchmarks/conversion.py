@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import fastvlm_mlx as fv
-from fastvlm_mlx.config import PRESETS
+from fastvlm_mlx.config import PRESETS, DecoderConfig
 
 ROOT = Path(__file__).parents[1]
 TOWER_KEYS = ROOT / "tests" / "parity" / "keys_apple_fused.json"
@@ -38,22 +38,16 @@ BLOCK = 2**22
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shapes_of(size: str) -> Shapes:
-    sizes = PRESETS[size].decoder
-    hidden, inner, rows = sizes.hidden_size, sizes.intermediate_size, sizes.vocab_size
+def qwen2_shapes(sizes: DecoderConfig, prefix: str) -> Shapes:
+    """Return the tensors of a Qwen2 of these sizes, but for its head."""
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
     narrow = hidden // sizes.num_heads * sizes.num_kv_heads
-    shapes: Shapes = {k: tuple(s) for k, s in json.loads(TOWER_KEYS.read_text()).items()}
-    shapes |= {
-        "model.mm_projector.0.weight": (hidden, 3072),
-        "model.mm_projector.0.bias": (hidden,),
-        "model.mm_projector.2.weight": (hidden, hidden),
-        "model.mm_projector.2.bias": (hidden,),
-        "model.embed_tokens.weight": (rows, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (rows, hidden),
+    shapes: Shapes = {
+        f"{prefix}embed_tokens.weight": (sizes.vocab_size, hidden),
+        f"{prefix}norm.weight": (hidden,),
     }
     for layer in range(sizes.num_layers):
-        at = f"model.layers.{layer}."
+        at = f"{prefix}layers.{layer}."
         for name, width in (("q", hidden), ("k", narrow), ("v", narrow)):
             shapes[f"{at}self_attn.{name}_proj.weight"] = (width, hidden)
             shapes[f"{at}self_attn.{name}_proj.bias"] = (width,)
@@ -64,6 +58,20 @@ def shapes_of(size: str) -> Shapes:
         shapes[f"{at}input_layernorm.weight"] = (hidden,)
         shapes[f"{at}post_attention_layernorm.weight"] = (hidden,)
     return shapes
+
+
+def shapes_of(size: str) -> Shapes:
+    sizes = PRESETS[size].decoder
+    hidden, rows = sizes.hidden_size, sizes.vocab_size
+    shapes: Shapes = {k: tuple(s) for k, s in json.loads(TOWER_KEYS.read_text()).items()}
+    shapes |= {
+        "model.mm_projector.0.weight": (hidden, 3072),
+        "model.mm_projector.0.bias": (hidden,),
+        "model.mm_projector.2.weight": (hidden, hidden),
+        "model.mm_projector.2.bias": (hidden,),
+        "lm_head.weight": (rows, hidden),
+    }
+    return shapes | qwen2_shapes(sizes, "model.")
 
 
 def config_of(size: str) -> dict[str, Any]:

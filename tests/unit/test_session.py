@@ -9,11 +9,7 @@ import fastvlm_mlx as fv
 from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.generate.loop import generate_ids
 from fastvlm_mlx.prompt.template import Message
-
-
-def picture(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+from tests.unit.patchwork import picture
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,7 @@ from fastvlm_mlx.generate.context import lay_out
 from fastvlm_mlx.generate.session import ChatSession, collect
 from fastvlm_mlx.generate.session_file import read_session
 from tests.cli.command import copy_of_demo
-
-
-def picture(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+from tests.unit.patchwork import picture
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 import fastvlm_mlx as fv
@@ -16,13 +15,9 @@ from fastvlm_mlx.events import Generation, TurnsDropped
 from fastvlm_mlx.generate.session import ChatSession, collect
 from fastvlm_mlx.model.decoder import Decoder
 from fastvlm_mlx.model.mlx_lm_parts import KVCache
+from tests.unit.patchwork import picture
 
 LIMIT = 1024
-
-
-def picture(seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 255, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
 
 
 @pytest.fixture(scope="module")
