@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from types import FrameType
 from typing import Any, TextIO
 
-from fastvlm_mlx.errors import FastVLMError, one_line
+from fastvlm_mlx.errors import FastVLMError, PromptError, one_line
 from fastvlm_mlx.events import Finished, TextDelta, TurnsDropped
 from fastvlm_mlx.terminal.answers import Answer
 from fastvlm_mlx.terminal.attached import Attached
@@ -95,6 +95,11 @@ class PlainChat:
     def _do(self, line: str) -> bool:
         """Do what a line says; return whether there is to be a next one."""
         said = reply(self._chat, line, columns=_COLUMNS, can_offer=False)
+        if said.asks and not self._typed:
+            # Nobody is there to give the command again, and going on without it would mislead.
+            if said.loses_saved:
+                raise PromptError(f"a pipe cannot be asked: {said.lines[0]}")
+            said = reply(self._chat, line, columns=_COLUMNS, can_offer=False)
         for picture in said.pictures if self._typed else ():
             self._say(f"{picture.name} {picture.width}x{picture.height}")
         for text in said.lines:

@@ -28,13 +28,16 @@ _SHOWN_OF_A_QUESTION = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """`lines` to show, then `pictures`, then the answer to read; `offered` is typed already for
-    the next line; `leaves` ends the chat."""
+    the next line; `leaves` ends the chat. `asks` is whether the same command, again, is needed to
+    do it; `loses_saved` whether it would cost a conversation that a file holds."""
 
     lines: tuple[str, ...] = ()
     pictures: tuple[Attached, ...] = ()
     answer: Answer | None = None
     offered: str = ""
     leaves: bool = False
+    asks: bool = False
+    loses_saved: bool = False
 
 
 def reply(chat: Conversation, line: str, *, columns: int = 80, can_offer: bool = True) -> Reply:
@@ -212,6 +215,8 @@ def _save(chat: Conversation, typed: Typed) -> Reply:
         return Reply(
             lines=(f"{shown} holds another conversation: the same /save again replaces it",),
             offered=f"/save {typed.argument}".rstrip(),
+            asks=True,
+            loses_saved=True,
         )
     return Reply(lines=(f"saved to {shown}{_kept_now(chat, before)}",))
 
@@ -227,6 +232,7 @@ def _load(chat: Conversation, typed: Typed) -> Reply:
         return Reply(
             lines=(f"{_not_saved(turns)}: /save FILE keeps it, the same /load again gives it up",),
             offered=f"/load {typed.argument}",
+            asks=True,
         )
     lines = chat.load(file)
     loaded = f"{counted(chat.ready().session.turns, 'turn')} loaded"
@@ -245,7 +251,8 @@ def _clear(chat: Conversation, _typed: Typed) -> Reply:
             )
         else:
             line = f"{_not_saved(turns)}: /save FILE keeps it, the same /clear again gives it up"
-        return Reply(lines=(line,), offered="/clear")
+        saved = kept.by_itself and not kept.refused
+        return Reply(lines=(line,), offered="/clear", asks=True, loses_saved=saved)
     chat.clear()
     return Reply(lines=("a new conversation",))
 

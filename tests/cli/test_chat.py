@@ -67,16 +67,35 @@ def test_a_backslash_at_the_end_goes_on_with_the_next_line(run: Run, engine: fv.
     assert ran.out == "".join(session.ask(question).text + "\n" for question in questions)
 
 
-def test_in_a_pipe_a_command_that_costs_turns_is_given_twice(run: Run) -> None:
-    stdin = b"What is this?\n/clear\n/edit\n/clear\n/system\n"
+def test_in_a_pipe_turns_that_no_file_holds_are_given_up_unasked(run: Run, tmp_path: Path) -> None:
+    """Asked, with nobody to answer, the lines after it went on with the old conversation."""
+    other = tmp_path / "other"
+    run("chat", *MODEL, "--session", other, stdin=b"Hello\nHello again\n")
+    stdin = f"What is this?\n/clear\n/system\nWhat?\n/load {other}\n/edit\n".encode()
     ran = run("chat", *MODEL, stdin=stdin)
+    assert ran.code == 0
     assert ran.err.splitlines() == [
-        "the conversation of 1 turn was not saved: /save FILE keeps it, "
-        "the same /clear again gives it up",
-        "the last question was: What is this?; /edit TEXT asks another",
         "a new conversation",
         "You are a helpful assistant.",
+        "2 turns loaded",
+        "the last question was: Hello again; /edit TEXT asks another",
     ]
+
+
+def test_in_a_pipe_a_conversation_that_a_file_holds_is_not_given_up(
+    run: Run, tmp_path: Path
+) -> None:
+    """One /clear emptied the file."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for file in (ours, other):
+        run("chat", *MODEL, "--session", file, stdin=b"Hello\n")
+    before = ours.read_bytes(), other.read_bytes()
+    for command in ("/clear", f"/save {other}"):
+        ran = run("chat", *MODEL, "--session", ours, stdin=f"{command}\nWhat?\n".encode())
+        assert ran.code == 2 and ran.out == ""
+        assert ran.err.startswith("fastvlm: error: a pipe cannot be asked: "), ran
+        assert ran.err.count("\n") == 1
+        assert (ours.read_bytes(), other.read_bytes()) == before
 
 
 def test_the_help_says_where_output_goes(run: Run) -> None:
