@@ -106,7 +106,7 @@ class ChatSession:
         Its KV cache is taken if it is this model's; `kv_bits` None takes its packing too. `say`
         gets a line for what is damaged and lost, and one if the KV must be computed again, which
         the next answer does, or `prepare`. Raises SessionError for what is no session file, or of
-        a newer version.
+        a newer version; ConfigError for pictures of a size that this model's grid lacks.
         """
         tell = say or log.warning
         saved = read_session(path)

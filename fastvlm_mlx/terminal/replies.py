@@ -244,14 +244,14 @@ def _clear(chat: Conversation, _typed: Typed) -> Reply:
     this = ("clear", None)
     if turns and (chat.unsaved() or kept.by_itself) and kept.given_up != this:
         kept.given_up = this
-        if kept.by_itself and not kept.refused:
+        saved = kept.by_itself and not kept.refused
+        if saved:
             line = (
                 f"{one_line(str(kept.path))} will hold the new conversation: /save OTHER keeps "
                 "this one, the same /clear again begins"
             )
         else:
             line = f"{_not_saved(turns)}: /save FILE keeps it, the same /clear again gives it up"
-        saved = kept.by_itself and not kept.refused
         return Reply(lines=(line,), offered="/clear", asks=True, loses_saved=saved)
     chat.clear()
     return Reply(lines=("a new conversation",))
