@@ -299,7 +299,11 @@ def test_a_folder_is_itself_and_demo_is_the_demo_model(
 @pytest.mark.parametrize(
     "name", ["./x", "../x", "/no/such", "~/nowhere", "a/b/c", "x/", "./a/b", "~nobody/x"]
 )
-def test_what_looks_like_a_folder_is_never_asked_of_the_hub(name: str) -> None:
+def test_what_looks_like_a_folder_is_never_asked_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # where there is no x beside
     with pytest.raises(CheckpointError, match=f"^folder {re.escape(name)} does not exist$"):
         resolve(name)
 
