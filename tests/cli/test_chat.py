@@ -14,6 +14,8 @@ import pytest
 import fastvlm_mlx as fv
 from tests.cli.command import Run, spawn, wait
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 MODEL = ("--model", "demo")
 
 

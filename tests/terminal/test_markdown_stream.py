@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fastvlm_mlx.terminal.markdown_stream import MarkdownStream
 from tests.terminal.pyte_terminal import SGR, Terminal
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 PROSE = """# A heading of an answer
 
 The first paragraph is long enough to be wrapped a few times on a screen of forty columns, and more.

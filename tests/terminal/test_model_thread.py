@@ -143,6 +143,8 @@ AT_EXIT = """
 import os, sys, threading
 import fastvlm_mlx as fv
 from fastvlm_mlx.terminal.model_thread import ModelThread
+
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
 model = ModelThread(lambda: fv.load("demo"))
 kind = sys.argv[1]
 if kind == "ended":

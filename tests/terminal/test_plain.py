@@ -15,6 +15,8 @@ import pytest
 from tests.cli.command import COMMAND
 from tests.terminal.chat_models import PICTURES, scripted_model
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 
 class Dumb:
     """`fastvlm chat` on a pseudo-terminal that calls itself dumb."""
