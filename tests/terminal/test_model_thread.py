@@ -17,6 +17,8 @@ from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.events import Finished
 from fastvlm_mlx.terminal.model_thread import _EVENTS_AHEAD, ModelThread
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 WAIT_S = 60
 
 
@@ -143,8 +145,6 @@ AT_EXIT = """
 import os, sys, threading
 import fastvlm_mlx as fv
 from fastvlm_mlx.terminal.model_thread import ModelThread
-
-pytestmark = pytest.mark.slow  # many small ones: left to `make test`
 model = ModelThread(lambda: fv.load("demo"))
 kind = sys.argv[1]
 if kind == "ended":
