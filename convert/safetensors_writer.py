@@ -8,41 +8,31 @@ The bytes depend on names and values only: no insertion order, no time, no versi
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
+from fastvlm_mlx.checkpoint.safetensors_format import (
+    CODES,
+    dtype_name,
+    file_head,
+    item_bytes,
+    stored_bits,
+)
 from fastvlm_mlx.errors import CheckpointError
 
 _SLICE_BYTES = 16 << 20  # between two calls of `progress`
 _CHECK_ITEMS = 1 << 18  # looked at in one go for values that are not finite: stays in the CPU cache
 
 
-class _Stored(NamedTuple):
-    """How a dtype is written: its name in the file, the unsigned type of its bits, its infinity.
-
-    `infinity` is the bit pattern of +inf, None for integers: without the sign, every pattern from
-    it upwards is inf or NaN (IEEE 754; bfloat16 is float32's upper half).
-    """
-
-    code: str
-    bits: mx.Dtype
-    infinity: int | None
-
-
-_STORED = {
-    "bfloat16": _Stored("BF16", mx.uint16, 0x7F80),
-    "float16": _Stored("F16", mx.uint16, 0x7C00),
-    "float32": _Stored("F32", mx.uint32, 0x7F800000),
-    "uint32": _Stored("U32", mx.uint32, None),
-    "uint8": _Stored("U8", mx.uint8, None),
-}
+# The bit pattern of +inf: without the sign, every pattern from it upwards is inf or NaN (IEEE 754;
+# bfloat16 is float32's upper half). Integers have none.
+_INFINITY = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +47,13 @@ class TensorSpec:
     dtype: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _STORED:
-            raise ValueError(f"{self.name}: {self.dtype} is not written, only {', '.join(_STORED)}")
+        if self.dtype not in CODES:
+            raise ValueError(f"{self.name}: {self.dtype} is not written, only {', '.join(CODES)}")
 
     @property
     def nbytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * _STORED[self.dtype].bits.size
+        return math.prod(self.shape) * item_bytes(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +128,8 @@ def write_shards(
     done_bytes = 0
     for shard in shards:
         with (folder / shard.file_name).open("xb") as file:
-            file.write(_header(shard))
+            tensors = ((spec.name, spec.dtype, spec.shape) for spec in shard.specs)
+            file.write(file_head({"format": "mlx"}, tensors))
             for spec in shard.specs:
                 for written in _write_next(file, spec, source):
                     done_bytes += written
@@ -150,22 +141,6 @@ def write_shards(
         raise ValueError(f"{extra[0]} was given but not planned")
 
 
-def _header(shard: Shard) -> bytes:
-    """Return the file's head: its length in 8 bytes, little-endian, then JSON padded to 8 bytes."""
-    fields: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for spec in shard.specs:
-        begin, end = end, end + spec.nbytes
-        fields[spec.name] = {
-            "dtype": _STORED[spec.dtype].code,
-            "shape": list(spec.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _write_next(
     file: BinaryIO, spec: TensorSpec, source: Iterator[tuple[str, mx.array]]
 ) -> Iterator[int]:
@@ -173,7 +148,7 @@ def _write_next(
 
     Nothing here outlives the generator, so the tensor is let go when it ends.
     """
-    bits = _bits(_take(spec, source), spec.dtype)
+    bits = stored_bits(_take(spec, source))
     step = _SLICE_BYTES // bits.itemsize
     for begin in range(0, bits.size, step):
         piece = bits[begin : begin + step]
@@ -184,12 +159,11 @@ def _write_next(
 
 def check_finite(name: str, array: mx.array) -> None:
     """Raise CheckpointError if a tensor holds inf or NaN; integers never do."""
-    dtype = str(array.dtype).removeprefix("mlx.core.")
-    _check_finite(name, _bits(array, dtype), dtype)
+    _check_finite(name, stored_bits(array), dtype_name(array))
 
 
 def _check_finite(name: str, bits: np.ndarray, dtype: str) -> None:
-    infinity = _STORED[dtype].infinity
+    infinity = _INFINITY.get(dtype)
     if infinity is not None and not _is_finite(bits, infinity):
         why = "the source is damaged"
         if dtype == "float16":
@@ -206,12 +180,6 @@ def _take(spec: TensorSpec, source: Iterator[tuple[str, mx.array]]) -> mx.array:
     if given != (spec.name, spec.shape, getattr(mx, spec.dtype)):
         raise ValueError(f"{name} {array.shape} {array.dtype} was given, {spec} was planned")
     return array
-
-
-def _bits(array: mx.array, dtype: str) -> np.ndarray:
-    """Return a tensor's bits, flat, in the memory where MLX has them."""
-    flat = mx.contiguous(array).reshape(-1)
-    return np.asarray(flat.view(_STORED[dtype].bits))  # evaluates it; no copy
 
 
 def _is_finite(bits: np.ndarray, infinity: int) -> bool:

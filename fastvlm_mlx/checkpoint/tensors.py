@@ -16,20 +16,9 @@ from typing import Any
 import mlx.core as mx
 from safetensors import SafetensorError, safe_open
 
+from fastvlm_mlx.checkpoint.safetensors_format import DTYPES
 from fastvlm_mlx.checkpoint.torch_file import TorchFile, TorchTensor
 from fastvlm_mlx.errors import CheckpointError, one_line
-
-_SAFETENSORS_DTYPES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-    "I64": "int64",
-    "I32": "int32",
-    "U32": "uint32",
-    "U8": "uint8",
-    "BOOL": "bool_",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +132,7 @@ def _safetensors_header(file: Path) -> Iterable[StoredTensor]:
         with safe_open(file, framework="np") as opened:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
                 part = opened.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+                dtype = DTYPES.get(part.get_dtype())
                 if dtype is None:
                     raise CheckpointError(
                         f"{file}: {name} has dtype {part.get_dtype()}, which is not supported"

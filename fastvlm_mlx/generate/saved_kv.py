@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from fastvlm_mlx.checkpoint.safetensors_format import CODES, DTYPES, dtype_name, stored_bits
 from fastvlm_mlx.generate.cache import Position
 from fastvlm_mlx.generate.tensor_file import TensorFile
 
@@ -23,14 +24,7 @@ _MAX_POSITIONS = 1 << 18  # more than any context: what a file may make us list
 _BITS = (4, 8)
 _PLAIN = ("keys", "values")
 _PACKED = tuple(f"{part}.{index}" for part in _PLAIN for index in range(3))
-# How a dtype is written: its name in the file, the unsigned type of its bits.
-_STORED = {
-    mx.bfloat16: ("BF16", mx.uint16),
-    mx.float16: ("F16", mx.uint16),
-    mx.float32: ("F32", mx.uint32),
-    mx.uint32: ("U32", mx.uint32),
-}
-_DTYPES = {code: dtype for dtype, (code, _) in _STORED.items()}
+_KINDS = ("bfloat16", "float16", "float32", "uint32")  # of values, and of packed codes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +61,7 @@ def kv_json(kv: SavedKV) -> dict[str, Any]:
         if set(layer) != set(_part_names(kv.bits)):
             raise ValueError(f"a layer of {kv.bits} bits has {', '.join(layer)}")
         for name, array in layer.items():
-            if array.dtype not in _STORED or not _holds(array.shape, len(kv.positions)):
+            if dtype_name(array) not in _KINDS or not _holds(array.shape, len(kv.positions)):
                 raise ValueError(f"{name} is {array.dtype} {array.shape}")
     names = _part_names(kv.bits)
     return {
@@ -129,31 +123,21 @@ def _read_layers(file: TensorFile, fields: object) -> SavedKV:
 def _read_array(file: TensorFile, name: str, length: int, digest: object) -> mx.array:
     """Return one array, evaluated. Raises ValueError if it is missing or not the one saved."""
     entry = file.entry(name)
-    if entry is None or entry.dtype not in _DTYPES or not _holds(entry.shape, length):
+    kind = DTYPES[entry.dtype] if entry is not None else ""
+    if entry is None or kind not in _KINDS or not _holds(entry.shape, length):
         raise ValueError(f"{name} is missing")
     data = file.read(entry)
     if data is None or _array_digest(entry.dtype, entry.shape, data) != digest:
         raise ValueError(f"{name} is damaged")
-    dtype = _DTYPES[entry.dtype]
+    dtype = getattr(mx, kind)
     bits = data.view(np.uint16 if dtype.size == 2 else np.uint32).reshape(entry.shape)
     array = mx.array(bits).view(dtype)
     mx.eval(array)
     return array
 
 
-def stored_code(array: mx.array) -> str:
-    """Return an array's dtype as the file spells it."""
-    return _STORED[array.dtype][0]
-
-
-def stored_bits(array: mx.array) -> np.ndarray:
-    """Return an array's bits, flat, in the memory where MLX has them if they lie in order."""
-    flat = mx.contiguous(array).reshape(-1)
-    return np.asarray(flat.view(_STORED[array.dtype][1]))  # evaluates it
-
-
 def _digest_of(array: mx.array) -> str:
-    return _array_digest(stored_code(array), array.shape, stored_bits(array))
+    return _array_digest(CODES[dtype_name(array)], array.shape, stored_bits(array))
 
 
 def _array_digest(code: str, shape: Sequence[int], data: np.ndarray) -> str:

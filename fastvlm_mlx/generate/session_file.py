@@ -21,14 +21,13 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.checkpoint.safetensors_format import dtype_name, stored_bits
 from fastvlm_mlx.errors import SessionError
 from fastvlm_mlx.generate.saved_kv import (
     SavedKV,
     kv_arrays,
     kv_json,
     read_kv,
-    stored_bits,
-    stored_code,
 )
 from fastvlm_mlx.generate.tensor_file import TensorFile, write_tensor_file
 from fastvlm_mlx.generate.whole_file import printed
@@ -84,12 +83,12 @@ def write_session(path: str | os.PathLike[str], session: SavedSession) -> None:
         if image.pixels is not None and image.digest not in pictures:
             _require_pixels(image, image.pixels)
             pictures[image.digest] = np.ascontiguousarray(image.pixels)
-            specs[f"image.{image.digest}"] = ("U8", image.pixels.shape)
+            specs[f"image.{image.digest}"] = ("uint8", image.pixels.shape)
     kv = session.kv if session.kv is not None and session.kv.positions else None
     if kv is not None:
         fields["kv"] = kv_json(kv)
         for name, array in kv_arrays(kv):
-            specs[name] = (stored_code(array), tuple(array.shape))
+            specs[name] = (dtype_name(array), tuple(array.shape))
     text = json.dumps(fields, separators=(",", ":"))
 
     def values() -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from fastvlm_mlx.checkpoint.safetensors_format import CODES, file_head, item_bytes
 from fastvlm_mlx.errors import SessionError
 from fastvlm_mlx.generate.whole_file import (
     expanded,
@@ -33,7 +34,7 @@ from fastvlm_mlx.generate.whole_file import (
 MAX_HEADER_BYTES = 16 << 20
 """Longest header: JSON of this size takes a few hundred MB at worst when it is read."""
 
-_ITEM_BYTES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4, "U32": 4}
+_ITEM_BYTES = {code: item_bytes(dtype) for dtype, code in CODES.items()}
 
 
 class Entry(NamedTuple):
@@ -154,11 +155,12 @@ def write_tensor_file(
 ) -> None:
     """Write a file of `kind`, mode 0600, in the place of nothing, an empty file or one of `kind`.
 
-    `specs` are each tensor's dtype and shape; `values` gives their bytes in that order, one in
-    memory at a time. The file appears whole, or what was there stays. A symbolic link stays one:
-    its target is replaced. Raises SessionError, naming `path`.
+    `specs` are each tensor's dtype, as MLX spells it, and shape; `values` gives their bytes in that
+    order, one in memory at a time. The file appears whole, or what was there stays. A symbolic link
+    stays one: its target is replaced. Raises SessionError, naming `path`.
     """
-    header = _header({"format": kind, "version": str(version), **metadata}, specs)
+    tensors = ((name, dtype, shape) for name, (dtype, shape) in specs.items())
+    header = file_head({"format": kind, "version": str(version), **metadata}, tensors)
     if len(header) - 8 > MAX_HEADER_BYTES:
         raise SessionError(
             f"{printed(path)}: the conversation's text is longer than the {MAX_HEADER_BYTES >> 20} "
@@ -217,15 +219,3 @@ def _counts(value: Any, longest: int) -> bool:
         and len(value) <= longest
         and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
     )
-
-
-def _header(metadata: Mapping[str, str], specs: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """Return the file's head: its length in 8 bytes, little-endian, then JSON padded to 8 bytes."""
-    fields: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        begin, end = end, end + math.prod(shape) * _ITEM_BYTES[dtype]
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
