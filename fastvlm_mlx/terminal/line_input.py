@@ -30,6 +30,7 @@ from fastvlm_mlx.errors import FastVLMError, one_line
 from fastvlm_mlx.terminal.clipboard import text_in_clipboard
 from fastvlm_mlx.terminal.history import HistoryFile
 from fastvlm_mlx.terminal.line_completion import LineCompleter
+from fastvlm_mlx.terminal.status import counted
 
 _CONTINUED = "… "
 _WRAPPED = "  "
@@ -166,7 +167,7 @@ class LineInput:
 
     def _prompt(self) -> StyleAndTextTuples:
         count = self._images()
-        pending = f"[{count} picture{'s' if count > 1 else ''}] " if count else ""
+        pending = f"[{counted(count, 'picture')}] " if count else ""
         return [("class:prompt", f"{pending}> ")]
 
     def _toolbar(self) -> StyleAndTextTuples:

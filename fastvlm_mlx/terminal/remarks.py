@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastvlm_mlx.errors import one_line
 from fastvlm_mlx.events import TurnsDropped
 from fastvlm_mlx.terminal.answers import Answer, NamedDrop
-from fastvlm_mlx.terminal.status import cells
+from fastvlm_mlx.terminal.status import cells, counted
 
 if TYPE_CHECKING:
     from fastvlm_mlx.terminal.live_session import Facts
@@ -75,11 +75,6 @@ def dropped_line(dropped: TurnsDropped) -> str:
     pictures = listed(names) if names else counted(dropped.images, "picture")
     it = "it" if dropped.images == 1 else "them"
     return f"{line}, with {pictures}: give {it} again to ask about {it}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return "1 turn", "2 turns"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def listed(names: Sequence[str]) -> str:

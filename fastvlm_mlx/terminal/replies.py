@@ -19,8 +19,8 @@ from fastvlm_mlx.terminal.commands import Typed, help_lines, parse, set_lines
 from fastvlm_mlx.terminal.conversation import Conversation
 from fastvlm_mlx.terminal.dropped import split_dropped, typed_path, typed_sources
 from fastvlm_mlx.terminal.live_session import OtherConversation
-from fastvlm_mlx.terminal.remarks import counted, listed
-from fastvlm_mlx.terminal.status import stats_lines, stats_rows
+from fastvlm_mlx.terminal.remarks import listed
+from fastvlm_mlx.terminal.status import counted, stats_lines, stats_rows
 
 _SHOWN_OF_A_QUESTION = 60
 

@@ -53,7 +53,7 @@ def status_line(facts: StatusFacts, columns: int) -> str:
 
 
 def _fields(facts: StatusFacts) -> list[str]:
-    waiting = f"{_count(facts.pending_images, 'picture')} to send" if facts.pending_images else ""
+    waiting = f"{counted(facts.pending_images, 'picture')} to send" if facts.pending_images else ""
     if facts.loading is not None:
         return [f"loading {facts.model} {facts.loading}".rstrip(), waiting]
     context = f"{facts.positions} of {facts.max_positions} positions"
@@ -132,7 +132,7 @@ def stats_lines(rows: list[tuple[str, str]], columns: int) -> list[str]:
 
 
 def _answer_rows(last: Stats) -> list[tuple[str, str]]:
-    prompt = _count(last.prompt_tokens, "position")
+    prompt = counted(last.prompt_tokens, "position")
     rows = [
         ("last prompt", f"{prompt}, {last.reused_tokens} of them computed before"),
         # A picture added in time was encoded while its question was typed: it is not counted.
@@ -140,7 +140,7 @@ def _answer_rows(last: Stats) -> list[tuple[str, str]]:
     ]
     if last.ttft_ms is not None:
         rows.insert(0, ("time to first token", _readable_ms(last.ttft_ms)))
-    answer = _count(last.generated_tokens, "token")
+    answer = counted(last.generated_tokens, "token")
     if last.decode_tps is not None:
         answer += f" at {_readable_tps(last.decode_tps)}"
     return [*rows, ("last answer", answer)]
@@ -155,8 +155,9 @@ def _readable_tps(tokens: float) -> str:
     return f"{tokens:.0f} tok/s" if tokens >= 10 else f"{tokens:.1f} tok/s"
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str) -> str:
+    """Return "1 turn", "2 turns"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def cells(text: str) -> int:
