@@ -147,6 +147,11 @@ class ChatSession:
         return self._transcript.last_question.text if self.turn_count else None
 
     @property
+    def last_images(self) -> tuple[ShownImage, ...]:
+        """The pictures of the latest question answered; none if there is none."""
+        return self._transcript.last_question.images if self.turn_count else ()
+
+    @property
     def system(self) -> str:
         """The system message's text; empty if it is left out."""
         return self._transcript.turns[0].text

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastvlm_mlx.engine import EncodedImage, Engine
-    from fastvlm_mlx.generate.session import ChatSession
-    from fastvlm_mlx.model.fastvlm import ShownImage
+    from fastvlm_mlx.generate.session import ChatSession, TurnOptions
 
 # Pictures encoded for a question that was not asked after all: the cache of features, bounded in
 # bytes, still has them when they leave here.
@@ -150,27 +149,17 @@ class LiveSession:
         names = tuple(image.name for image in session.images)
         try:
             images = [self._encode(engine, picture) for picture in request.pictures]
-            max_tokens = request.settings.max_tokens
+            how: TurnOptions = {
+                "max_tokens": request.settings.max_tokens,
+                "cancelled": hold.cancelled,
+                "keep_partial": True,
+            }
             if request.kind == "ask":
-                events = session.stream(
-                    request.text,
-                    images,
-                    max_tokens=max_tokens,
-                    cancelled=hold.cancelled,
-                    keep_partial=True,
-                )
+                events = session.stream(request.text, images, **how)
             elif request.kind == "retry":
-                events = session.retry(
-                    max_tokens=max_tokens, cancelled=hold.cancelled, keep_partial=True
-                )
+                events = session.retry(**how)
             else:
-                events = session.edit(
-                    request.text,
-                    [*self._last_images(), *images],
-                    max_tokens=max_tokens,
-                    cancelled=hold.cancelled,
-                    keep_partial=True,
-                )
+                events = session.edit(request.text, [*session.last_images, *images], **how)
             try:
                 for event in events:
                     if isinstance(event, TextDelta) and not hold.claim():
@@ -254,13 +243,6 @@ class LiveSession:
                 del self._encoded[next(iter(self._encoded))]
             self._encoded[picture.key] = encoded
         return encoded
-
-    def _last_images(self) -> tuple[ShownImage, ...]:
-        """Return the last question's pictures."""
-        if not self.session.turn_count:
-            return ()
-        slots = sum(not isinstance(part, str) for part in self.session.messages[-2].content)
-        return self.session.images[len(self.session.images) - slots :]
 
     def _tell(self, engine: Engine) -> None:
         session = self._session
