@@ -1,0 +1,1 @@
+"""What `fastvlm bench` is made of: workloads, measurements, physical limits, reports."""
