@@ -182,7 +182,7 @@ class MachineCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """Which weights. `quantization` is "16", "8", "4" for synthetic ones, else as in config.json."""
+    """Which weights. `quantization` is "16", "8" or "4" if synthetic, else as config.json says."""
 
     name: str
     synthetic: bool
