@@ -15,20 +15,25 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Stats:
     """Times in milliseconds, sizes in bytes, counts in embedding positions (prompt) or tokens.
 
-    The four stage times are None unless the call was profiled (each stage is then fenced, which
-    slows the whole down). `ttft_ms` is from the call to the first token id on the host, unfenced;
-    it is None in a profiled run or if no token came, and in a process's first call it includes
-    warm-up. `decode_tps` is tokens per second after the first. `prompt_tokens` counts the whole
-    prompt, of which the first `reused_tokens` were in the KV cache already; `encoded_images` counts
-    the pictures that went through the tower, those reused by digest left out. A beam search knows
-    its first token only at its end: `ttft_ms` and `prefill_ms` are then the whole search's,
-    `decode_tps` is None.
+    The stage times are None unless the call was profiled (each stage is then fenced, which slows
+    the whole down): reading and decoding the pictures, fitting them to the model's size, tower,
+    projector, rendering and splicing the prompt, the decoder's layers over it, and its head with
+    the choice of the first token. `ttft_ms` is from the call to the first token id on the host,
+    unfenced; it is None in a profiled run or if no token came, and in a process's first call it
+    includes warm-up. `decode_tps` is tokens per second after the first. `prompt_tokens` counts the
+    whole prompt, of which the first `reused_tokens` were in the KV cache already; `encoded_images`
+    counts the pictures that went through the tower, those reused by digest left out. A beam search
+    knows its first token only at its end: `ttft_ms` and `prefill_ms` are then the whole search's,
+    `first_token_ms` is 0 and `decode_tps` None.
     """
 
+    image_decode_ms: float | None
     preprocess_ms: float | None
     vision_ms: float | None
     projector_ms: float | None
+    prompt_ms: float | None
     prefill_ms: float | None
+    first_token_ms: float | None
     ttft_ms: float | None
     decode_tps: float | None
     prompt_tokens: int

@@ -15,6 +15,7 @@ from fastvlm_mlx.cli.options import Size, model_option, option
 from fastvlm_mlx.sampling import Sampling
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.engine import Engine
 
 log = logging.getLogger("fastvlm_mlx")
@@ -144,12 +145,14 @@ def load_engine(
     *,
     say: Callable[[str], None],
     progress: Callable[[int, int, str], None],
+    on_config: Callable[[ModelConfig], None] | None = None,
 ) -> Engine:
     """Load a model as a command line says. Raises a FastVLMError."""
     from fastvlm_mlx.engine import load
 
     names = ("dtype", "device", "memory_limit", "vision_from", "keep_quantized")
-    engine = load(model, say=say, progress=progress, **{name: given[name] for name in names})
+    options = {name: given[name] for name in names}
+    engine = load(model, say=say, progress=progress, on_config=on_config, **options)
     log.info(
         "%s: %s layout, computing in %s",
         engine.source,

@@ -1,17 +1,28 @@
 """The prompt and the pictures of a command line, checked before any model is looked at.
 
-Knows files, standard input and what people get wrong with them; knows no model.
+Knows files, standard input and what people get wrong with them. Of a model it knows the size and
+fitting of its pictures, so that they are made while its weights are read.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fastvlm_mlx.errors import ImageError, PromptError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import numpy as np
+    from PIL import Image
+
+    from fastvlm_mlx.config import ImageMode, ModelConfig
 
 log = logging.getLogger("fastvlm_mlx")
 
@@ -40,29 +51,75 @@ def _text_of(file: Path) -> str:
         raise PromptError(f"{file} cannot be read: {reason}") from error
 
 
-def read_pictures(
-    sources: Sequence[str], background: tuple[int, int, int], *, asked: bool
-) -> list[bytes]:
-    """Return the encoded bytes of each picture, each decoded once to see that it can be.
+class Pictures:
+    """A command line's pictures on their way to a model: read, decoded, fitted, each in time.
 
-    The engine decodes them again, so that its time to the first token includes that.
+    Bytes are read at once, where Ctrl-C works. A thread decodes them while Python imports, and
+    fits them while weights are read; both give up Python's lock.
     """
-    if not sources:
-        return []
-    from fastvlm_mlx.prompt.image import open_image
-    from fastvlm_mlx.prompt.sources import read_bytes, source_name
 
+    def __init__(
+        self,
+        sources: Sequence[str],
+        background: tuple[int, int, int],
+        *,
+        asked: bool,
+        reduced_to: int | None = None,
+    ) -> None:
+        """Read the sources and begin to decode. Raises UsageError, ImageError or FetchError."""
+        self.encoded = [_read(source, asked=asked) for source in _checked(sources)]
+        self._decoding: list[Future[Image.Image]] = []
+        self._fitting: list[Future[np.ndarray]] = []
+        if not sources:
+            return
+        from concurrent.futures import ThreadPoolExecutor
+
+        from fastvlm_mlx.prompt.image import open_image
+        from fastvlm_mlx.prompt.sources import source_name
+
+        self._thread = ThreadPoolExecutor(1)
+        for source, data in zip(sources, self.encoded, strict=True):
+            name = source_name(source)
+            decode = partial(
+                open_image, data, background=background, name=name, reduced_to=reduced_to
+            )
+            self._decoding.append(self._thread.submit(decode))
+
+    def check(self) -> None:
+        """Wait for the decoding. Raises ImageError for the first picture that is none."""
+        for decoding in self._decoding:
+            decoding.result()
+
+    def fit(self, config: ModelConfig, resolution: int | None, mode: ImageMode | None) -> None:
+        """Begin to fit them to a model. Raises ConfigError for a resolution off its grid."""
+        size = config.vision.image_size if resolution is None else resolution
+        config.vision.tokens(size, size)
+        if self._decoding:
+            from fastvlm_mlx.prompt.image import fit
+
+            for decoding in self._decoding:
+                self._fitting.append(
+                    self._thread.submit(fit, decoding.result(), size, mode or config.image_mode)
+                )
+
+    def pixels(self) -> list[np.ndarray]:
+        """Return the fitted pictures, uint8 [size, size, 3]. Raises ImageError."""
+        return [fitting.result() for fitting in self._fitting]
+
+
+def _checked(sources: Sequence[str]) -> Sequence[str]:
     if sources.count("-") > 1:
         raise click.UsageError("standard input (-) holds one picture")
-    pictures = []
-    for source in sources:
-        log.info("reading %s", source_name(source))
-        try:
-            data = read_bytes(source)
-        except ImageError as error:
-            if not asked and " " in source.strip():
-                raise ImageError(f"{error}; if it is the question, put -p before it") from error
-            raise
-        open_image(data, background=background, name=source_name(source))
-        pictures.append(data)
-    return pictures
+    return sources
+
+
+def _read(source: str, *, asked: bool) -> bytes:
+    from fastvlm_mlx.prompt.sources import read_bytes, source_name
+
+    log.info("reading %s", source_name(source))
+    try:
+        return read_bytes(source)
+    except ImageError as error:
+        if not asked and " " in source.strip():
+            raise ImageError(f"{error}; if it is the question, put -p before it") from error
+        raise

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 from fastvlm_mlx.checkpoint.memory import readable_bytes
 from fastvlm_mlx.events import Stats
 
-_STAGES = ("preprocess_ms", "vision_ms", "projector_ms", "prefill_ms")
+_STAGES = {
+    "image decode": "image_decode_ms",
+    "preprocess": "preprocess_ms",
+    "vision": "vision_ms",
+    "projector": "projector_ms",
+    "prompt": "prompt_ms",
+    "prefill": "prefill_ms",
+    "first token": "first_token_ms",
+}
 
 
 def table(stats: Stats) -> Iterable[str]:
@@ -16,12 +24,12 @@ def table(stats: Stats) -> Iterable[str]:
     A profiled run waits for each stage, so its stages add up to more than an unprofiled TTFT.
     """
     total = 0.0
-    for name in _STAGES:
+    for label, name in _STAGES.items():
         value: float = getattr(stats, name) or 0.0
         total += value
         note = f"{stats.prompt_tokens} positions" if name == "prefill_ms" else ""
-        yield _row(name.removesuffix("_ms"), f"{value:.1f} ms", note)
-    yield _row("first token", f"{total:.1f} ms", "sum of the stages, each waited for, warm-up too")
+        yield _row(label, f"{value:.1f} ms", note)
+    yield _row("in all", f"{total:.1f} ms", "each stage waited for, warm-up too")
     speed = "-" if stats.decode_tps is None else f"{stats.decode_tps:.1f} tok/s"
     yield _row("decode", speed, f"{stats.generated_tokens} tokens")
     yield _row("peak memory", readable_bytes(stats.peak_bytes), "")

@@ -38,12 +38,20 @@ class FeatureCache:
         self.nbytes = 0
         self.hits = self.misses = self.evictions = 0
         self._features: OrderedDict[str, mx.array] = OrderedDict()
+        self._samples: dict[str, bytes] = {}
 
     def __len__(self) -> int:
         return len(self._features)
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._features
+
+    def may_hold(self, sample: bytes) -> bool:
+        """Whether a picture remembered has these few pixels; if not, `get` need not be asked."""
+        if sample in self._samples.values():
+            return True
+        self.misses += 1
+        return False
 
     def get(self, digest: str) -> mx.array | None:
         """Return the features [tokens, hidden] of a picture, which is then the latest used."""
@@ -55,12 +63,16 @@ class FeatureCache:
             self._features.move_to_end(digest)
         return features
 
-    def put(self, digest: str, features: mx.array) -> None:
-        """Keep features, if all of them fit, in place of the least recently used."""
+    def put(self, digest: str, features: mx.array, sample: bytes) -> None:
+        """Keep features, if all of them fit, in place of the least recently used.
+
+        `sample` is `pixel_sample` of the same picture.
+        """
         self._drop(digest)
         if features.nbytes > self.max_bytes:
             return
         self._features[digest] = features
+        self._samples[digest] = sample
         self.nbytes += features.nbytes
         while self.nbytes > self.max_bytes:
             self._drop(next(iter(self._features)))
@@ -77,12 +89,14 @@ class FeatureCache:
     def clear(self) -> None:
         """Forget everything but the counts."""
         self._features.clear()
+        self._samples.clear()
         self.nbytes = 0
 
     def _drop(self, digest: str) -> None:
         features = self._features.pop(digest, None)
         if features is not None:
             self.nbytes -= features.nbytes
+            del self._samples[digest]
 
 
 class KVPrefix:

@@ -27,6 +27,13 @@ class Clock:
         elapsed = (time.perf_counter() - since) * 1000
         self.stage_ms[stage] = self.stage_ms.get(stage, 0.0) + elapsed
 
+    def fence(self, stage: str, since: float, *arrays: mx.array) -> float:
+        """End a stage: if it is profiled, wait for its arrays. Return when the next one began."""
+        if self.profile:
+            mx.eval(*arrays)
+            self.add(stage, since)
+        return time.perf_counter()
+
     def stage(self, name: str) -> float | None:
         """Return a stage's time; None if the call was not profiled."""
         return self.stage_ms.get(name, 0.0) if self.profile else None
@@ -39,13 +46,22 @@ class Meter:
         self.clock, self.positions, self.reused, self.streams = clock, positions, reused, streams
         self.count = 0
         self.first = self.latest = 0.0
+        self.choosing: float | None = None
 
-    def token(self, prefill_start: float) -> None:
-        """Count a token that has just reached the host."""
+    def prefilled(self, since: float) -> None:
+        """End the prefill, which began at `since`: what follows is the first token's."""
+        self.clock.add("prefill", since)
+        self.choosing = time.perf_counter()
+
+    def token(self, since: float) -> None:
+        """Count a token that has just reached the host; `since` is when the prefill began."""
         self.latest = time.perf_counter()
         if self.count == 0:
             self.first = self.latest
-            self.clock.add("prefill", prefill_start)
+            if self.choosing is None:
+                self.clock.add("prefill", since)
+            else:
+                self.clock.add("first_token", self.choosing)
         self.count += 1
 
     def stats(self) -> Stats:
@@ -53,10 +69,13 @@ class Meter:
         clock, seconds = self.clock, self.latest - self.first
         timed = self.streams and self.count > 1 and seconds > 0
         return Stats(
+            image_decode_ms=clock.stage("image_decode"),
             preprocess_ms=clock.stage("preprocess"),
             vision_ms=clock.stage("vision"),
             projector_ms=clock.stage("projector"),
+            prompt_ms=clock.stage("prompt"),
             prefill_ms=clock.stage("prefill"),
+            first_token_ms=clock.stage("first_token"),
             ttft_ms=None if clock.profile or not self.count else self._ttft_ms(),
             decode_tps=(self.count - 1) / seconds if timed else None,
             prompt_tokens=self.positions,

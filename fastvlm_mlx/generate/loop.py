@@ -61,12 +61,14 @@ def generate_ids(
     prefill_step: int = 2048,
     logprobs: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
+    prefilled: Callable[[mx.array], None] = lambda _hidden: None,
 ) -> Generator[Step, None, None]:
     """Continue `cache` with embeddings [1,n,H]; yield tokens up to and including a stop id.
 
     `prompt_ids` feed the repetition penalty only. `cancelled` is asked before each pass of the
-    prompt; if it says so, no token comes. Nothing runs before the first `next`. Advance
-    and close the generator in one thread; the module's docstring says what `cache` then holds.
+    prompt; if it says so, no token comes. `prefilled` gets the last state [1,1,H], lazy, before
+    the head runs on it. Nothing runs before the first `next`. Advance and close the generator in
+    one thread; the module's docstring says what `cache` then holds.
     Raises FastVLMError if `max_tokens` is below 1, PromptError if there is nothing to prefill.
     """
     if max_tokens < 1:
@@ -85,6 +87,7 @@ def generate_ids(
                 hidden = prefill(decoder, embeddings, cache, step=prefill_step, cancelled=cancelled)
             except Cancelled:
                 return
+            prefilled(hidden)
             token, logprob = _choose(decoder, chooser, hidden)
             for count in range(1, max_tokens + 1):
                 this, this_logprob = token, logprob

@@ -4,8 +4,9 @@ Joins model, processor and loop; everything it holds is fixed but for the featur
 Knows no checkpoint files, no terminal, and no history: which positions a cache already holds is
 told by the caller.
 
-Unprofiled, nothing waits before the first token: the tower is dispatched before the prompt is
-tokenized. Profiled, each stage is fenced by an evaluation, so that its time is its own.
+Unprofiled, nothing waits before the first token: the tower is dispatched before its pixels are
+hashed and the prompt is tokenized. Profiled, each stage is fenced by an evaluation, so that its
+time is its own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.core as mx
 import numpy as np
@@ -34,9 +35,10 @@ from fastvlm_mlx.model.fastvlm import (
     StoredImage,
     features_digest,
     pixel_digest,
+    pixel_sample,
 )
 from fastvlm_mlx.model.fingerprint import fingerprint
-from fastvlm_mlx.prompt.image import picture_name
+from fastvlm_mlx.prompt.image import open_image, picture_name
 from fastvlm_mlx.prompt.processor import Processor, Prompt, TextIds
 from fastvlm_mlx.prompt.template import user_message
 from fastvlm_mlx.prompt.tokenizer import TextStream
@@ -81,16 +83,20 @@ class Pipeline:
             return self._own(picture)
         if isinstance(picture, StoredImage):
             return self._encoded(picture.pixels, picture.digest, picture.name, clock)
-        since = time.perf_counter()
         vision = self.model.config.vision
         size = vision.image_size if options.resolution is None else options.resolution
         vision.tokens(size, size)
-        pixels = self.processor.pixels(
-            picture, size=size, mode=options.image_mode, background=options.background
+        since = time.perf_counter()
+        image = open_image(
+            picture,
+            background=options.background,
+            reduced_to=size if options.reduced_jpeg else None,
         )
-        digest = pixel_digest(pixels)
+        clock.add("image_decode", since)
+        since = time.perf_counter()
+        pixels = self.processor.fit(image, size=size, mode=options.image_mode)
         clock.add("preprocess", since)
-        return self._encoded(pixels, digest, name or picture_name(picture), clock)
+        return self._encoded(pixels, None, name or picture_name(picture), clock)
 
     def look_up(
         self, images: Sequence[ShownImage], clock: Clock, cancelled: Callable[[], bool]
@@ -106,28 +112,41 @@ class Pipeline:
             encoded.append(self.encode(image, ImageOptions(), clock))
         return tuple(encoded)
 
-    def _encoded(self, pixels: np.ndarray, digest: str, name: str, clock: Clock) -> EncodedImage:
-        features = self.features.get(digest)
+    def _encoded(
+        self, pixels: np.ndarray, digest: str | None, name: str, clock: Clock
+    ) -> EncodedImage:
+        """Return a picture's features, remembered or new; `digest` is its own if it is known.
+
+        Hashing takes milliseconds. It can wait until the tower runs if no picture remembered could
+        be this one: a few of its pixels, the sample, say so at no cost.
+        """
+        sample = pixel_sample(pixels)
+        features = None
+        if self.features.may_hold(sample):
+            digest = digest or self._digest(pixels, clock)
+            features = self.features.get(digest)
         if features is None:
             features = self._features(pixels, clock)
-            self.features.put(digest, features)
+            digest = digest or self._digest(pixels, clock)
+            self.features.put(digest, features, sample)
+        assert digest is not None
         return EncodedImage(features, digest, pixels, name, self.origin)
+
+    def _digest(self, pixels: np.ndarray, clock: Clock) -> str:
+        since = time.perf_counter()
+        digest = pixel_digest(pixels)
+        clock.add("preprocess", since)
+        return digest
 
     def _features(self, pixels: np.ndarray, clock: Clock) -> mx.array:
         """Return projected features [tokens, hidden] of one picture."""
         since = time.perf_counter()
         clock.encoded_images += 1
         features = self.model.vision(mx.array(pixels)[None])
-        if clock.profile:
-            mx.eval(features)
-            clock.add("vision", since)
-            since = time.perf_counter()
+        since = clock.fence("vision", since, features)
         projected = self.model.project(features)[0]
-        if clock.profile:
-            mx.eval(projected)
-            clock.add("projector", since)
-        else:
-            mx.async_eval(projected)
+        clock.fence("projector", since, projected)
+        mx.async_eval(projected)
         return projected
 
     def _own(self, image: EncodedImage) -> EncodedImage:
@@ -204,6 +223,7 @@ class Pipeline:
                 stop_ids=self.stop_ids,
                 logprobs=options.logprobs,
                 cancelled=options.cancelled,
+                prefilled=partial(self._fence_prefill, cache, meter, since),
             )
         reason: FinishReason = "length"
         try:
@@ -228,6 +248,14 @@ class Pipeline:
         if rest:
             yield _delta(rest, [])
         yield Finished(reason, meter.stats())
+
+    def _fence_prefill(
+        self, cache: list[KVLayer], meter: Meter, since: float, hidden: mx.array
+    ) -> None:
+        """End the prefill's time where it is profiled; else nothing waits for it."""
+        if meter.clock.profile:
+            mx.eval(hidden, [layer.state for layer in cache])
+            meter.prefilled(since)
 
     def unanswered(self, clock: Clock) -> Finished:
         """Return the end of a call that was cancelled before its prompt was read."""

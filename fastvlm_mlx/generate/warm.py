@@ -6,6 +6,7 @@ they share is found by comparing positions.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 
@@ -41,10 +42,13 @@ class WarmDecoder:
         if images is None:
             yield self._pipeline.unanswered(clock)
             return
+        since = time.perf_counter()
+        embeddings = self._pipeline.embed(prompt, images)
+        clock.fence("prompt", since, embeddings)
         generated: list[int] = []
         ended = False
         events = self._pipeline.answer(
-            self._pipeline.embed(prompt, images),
+            embeddings,
             self.kv.layers,
             fitted.prompt,
             options,

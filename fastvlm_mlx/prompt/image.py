@@ -31,6 +31,7 @@ MAX_SIDE = 65_535
 
 # Only formats that are pixels: Pillow would also start Ghostscript for an EPS file.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "MPO", "AVIF", "JPEG2000", "ICO")
+_JPEGS = ("JPEG", "MPO")  # MPO: a JPEG with more behind it, as phones write
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"mif2", b"msf1")
 
 _EXIF_ORIENTATION = 0x0112
@@ -52,6 +53,7 @@ def open_image(
     *,
     background: tuple[int, int, int] = (255, 255, 255),
     name: str | None = None,
+    reduced_to: int | None = None,
 ) -> Image.Image:
     """Return the picture as RGB: EXIF orientation applied, then transparency laid on `background`.
 
@@ -60,7 +62,10 @@ def open_image(
     of shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Of an animation the first frame is taken.
     A PIL image that is RGB already is returned itself, not copied.
 
-    `name` is what errors call the source, by default its path, URL or kind.
+    `name` is what errors call the source, by default its path, URL or kind. `reduced_to` lets an
+    encoded JPEG be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides keep that many
+    pixels or the picture's own: some three times as fast, but the pixels are others (the reference
+    decodes all of them, then resizes).
     Raises ImageError, naming the source, if it cannot be read or decoded; FetchError for a
     download that fails.
     """
@@ -77,6 +82,8 @@ def open_image(
         raise ImageError(f"{name} is no picture: give a path, URL, bytes, PIL image or numpy array")
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels")
+    if reduced_to is not None and image is not source and image.format in _JPEGS:
+        image.draft(None, (reduced_to, reduced_to))
     try:
         image.load()
         return _flatten(_upright(image), background, name)

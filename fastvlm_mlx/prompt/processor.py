@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fastvlm_mlx.config import ImageMode
 from fastvlm_mlx.prompt.image import ImageSource, fit, open_image
@@ -107,5 +108,10 @@ class Processor:
 
         Raises ImageError or FetchError, naming the source.
         """
-        image = open_image(source, background=background)
+        return self.fit(open_image(source, background=background), size=size, mode=mode)
+
+    def fit(
+        self, image: Image.Image, *, size: int | None = None, mode: ImageMode | None = None
+    ) -> np.ndarray:
+        """Return uint8 [size, size, 3] of an RGB image, as `pixels` does."""
         return fit(image, self.image_size if size is None else size, mode or self.image_mode)

@@ -126,11 +126,12 @@ def test_stats_are_a_table_on_stderr_and_the_answer_stays_alone_on_stdout(
     assert ran.out == run("generate", red_circle, *QUESTION, *DEMO).out
     names = [line[:12].strip() for line in ran.err.splitlines()]
     assert names == [
-        "preprocess", "vision", "projector", "prefill", "first token", "decode", "peak memory",
+        "image decode", "preprocess", "vision", "projector", "prompt", "prefill", "first token",
+        "in all", "decode", "peak memory",
     ]  # fmt: skip
     times = [float(ms) for ms in re.findall(r"(\d+\.\d) ms", ran.err)]
     assert times[-1] == pytest.approx(sum(times[:-1]), abs=0.3)
-    assert "each waited for" in ran.err
+    assert "each stage waited for" in ran.err
 
 
 def test_an_answer_cut_short_says_so_and_why(run: Run, endless: Path) -> None:

@@ -20,10 +20,10 @@ SIZE = features(0).nbytes
 
 def test_the_least_recently_used_goes_first() -> None:
     cache = FeatureCache(max_bytes=2 * SIZE)
-    cache.put("a", features(1))
-    cache.put("b", features(2))
+    cache.put("a", features(1), b"")
+    cache.put("b", features(2), b"")
     assert cache.get("a") is not None
-    cache.put("c", features(3))
+    cache.put("c", features(3), b"")
     assert [name in cache for name in "abc"] == [True, False, True]
     assert (cache.nbytes, len(cache), cache.evictions) == (2 * SIZE, 2, 1)
     assert cache.get("b") is None
@@ -32,8 +32,8 @@ def test_the_least_recently_used_goes_first() -> None:
 
 def test_what_is_put_again_is_counted_once() -> None:
     cache = FeatureCache(max_bytes=2 * SIZE)
-    cache.put("a", features(1))
-    cache.put("a", features(1, tokens=8))
+    cache.put("a", features(1), b"")
+    cache.put("a", features(1, tokens=8), b"")
     assert (cache.nbytes, len(cache), cache.evictions) == (2 * SIZE, 1, 0)
     cache.clear()
     assert (cache.nbytes, len(cache)) == (0, 0)
@@ -44,10 +44,10 @@ def test_features_that_cannot_be_computed_are_not_kept() -> None:
     import threading
 
     cache = FeatureCache()
-    cache.put("whole", features(1))
+    cache.put("whole", features(1), b"")
 
     def make() -> None:
-        cache.put("failed", features(2) + 1)  # lazy, of a stream that ends with this thread
+        cache.put("failed", features(2) + 1, b"")  # lazy, of a stream that ends with this thread
         mx.clear_streams()
 
     thread = threading.Thread(target=make)
@@ -60,11 +60,11 @@ def test_features_that_cannot_be_computed_are_not_kept() -> None:
 
 def test_features_larger_than_the_bound_empty_nothing() -> None:
     cache = FeatureCache(max_bytes=SIZE)
-    cache.put("a", features(1))
-    cache.put("b", features(2, tokens=5))
+    cache.put("a", features(1), b"")
+    cache.put("b", features(2, tokens=5), b"")
     assert ("a" in cache, "b" in cache) == (True, False)
     off = FeatureCache(max_bytes=0)
-    off.put("a", features(1))
+    off.put("a", features(1), b"")
     assert len(off) == 0
 
 

@@ -48,7 +48,7 @@ def test_features_in_the_cache_never_take_more_than_their_bytes() -> None:
     for number in range(300):
         digest, rows = str(rng.integers(40)), int(rng.integers(1, 13))
         if cache.get(digest) is None:
-            cache.put(digest, entry(rows))
+            cache.put(digest, entry(rows), b"")
             held[digest] = rows * 32
         held = {digest: size for digest, size in held.items() if digest in cache}
         assert cache.nbytes == sum(held.values()) <= cache.max_bytes, number
@@ -59,16 +59,16 @@ def test_features_in_the_cache_never_take_more_than_their_bytes() -> None:
 def test_the_least_recently_used_features_go_first() -> None:
     cache = FeatureCache(max_bytes=3 * 32)
     for digest in "abc":
-        cache.put(digest, entry(1))
+        cache.put(digest, entry(1), b"")
     cache.get("a")
-    cache.put("d", entry(1))
+    cache.put("d", entry(1), b"")
     assert [digest for digest in "abcd" if digest in cache] == ["a", "c", "d"]
-    cache.put("e", entry(2))
+    cache.put("e", entry(2), b"")
     assert [digest for digest in "abcde" if digest in cache] == ["d", "e"]
-    cache.put("too large", entry(4))
+    cache.put("too large", entry(4), b"")
     assert "too large" not in cache
     assert [digest for digest in "abcde" if digest in cache] == ["d", "e"]
-    cache.put("d", entry(1))
+    cache.put("d", entry(1), b"")
     assert (cache.nbytes, len(cache)) == (3 * 32, 2)
 
 

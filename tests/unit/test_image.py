@@ -22,7 +22,7 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.prompt import image as image_module
 from fastvlm_mlx.prompt import sources
 from fastvlm_mlx.prompt.image import fit, open_image
-from tests.parity import pictures
+from tests.parity import frozen, pictures
 
 PIXELS = json.loads((Path(__file__).parents[1] / "parity" / "pixels.json").read_text())
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -506,3 +506,18 @@ def test_the_module_is_light_to_import() -> None:
     ).stdout.split()
     heavy = {"mlx", "mlx.core", "pillow_heif", "urllib.request", "PIL.JpegImagePlugin", "torch"}
     assert not heavy & set(loaded)
+
+
+def test_a_reduced_jpeg_keeps_enough_pixels_and_the_full_one_is_the_default() -> None:
+    """Pillow's draft mode changes pixels, so nothing may use it unasked."""
+    photo = Image.fromarray(frozen.picture(600, 800, 5))
+    jpeg = encoded(photo, "JPEG", quality=95)
+    for reduced_to, size in ((None, (800, 600)), (256, (400, 300)), (128, (200, 150))):
+        assert open_image(jpeg, reduced_to=reduced_to).size == size
+    assert open_image(jpeg, reduced_to=700).size == (800, 600)
+    assert open_image(encoded(photo), reduced_to=128).size == (800, 600)
+    whole, reduced = (
+        np.asarray(fit(open_image(jpeg, reduced_to=to), 128, "pad"), np.float64)
+        for to in (None, 128)
+    )
+    assert 0 < np.abs(whole - reduced).mean() < 8
