@@ -1,0 +1,303 @@
+"""A FastVLM of real size and random weights: made in memory, or written as a folder.
+
+Knows one thing: a checkpoint whose tensors are computed instead of read. Loading it is then the
+engine's own loading (folding, casting, packing), and writing it is `convert`'s own writing, so that
+what is measured is what users run. Knows no clock: how long it takes to make weights says nothing
+about how long reading them takes, and no load time is reported for them.
+
+Every tensor depends on its name, its shape and the seed alone, and is made of random integers, one
+multiplication and one rounding to bfloat16: the same on every device, in memory and on disk. It is
+uniform with variance about 1 / fan-in, tower kernels that stand for a skip connection are near the
+identity, norms are about 1: activations stay finite in every dtype. Packed weights are random
+codes with scales that give the same variance, so packing costs no time.
+
+The tokenizer is the demo's. Rows of the vocabulary beyond its words are zero, and a zero logit is
+never the highest of hundreds: greedy answers are decodable text that never ends by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.bench.tower_shapes import tower_shapes
+from fastvlm_mlx.checkpoint.layouts import LAYOUTS
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.memory import require_memory
+from fastvlm_mlx.checkpoint.store import Checkpoint, MappedTensor, open_checkpoint
+from fastvlm_mlx.checkpoint.tensors import StoredTensor, TensorReader, read_json
+from fastvlm_mlx.config import PRESETS, ModelConfig
+from fastvlm_mlx.convert.parts import native_parts
+from fastvlm_mlx.convert.pipeline import write_artifact
+from fastvlm_mlx.convert.small_files import write_native_files
+from fastvlm_mlx.convert.sources import Source, float_modules
+from fastvlm_mlx.engine import Engine
+from fastvlm_mlx.errors import ConfigError, FastVLMError
+from fastvlm_mlx.generate.cache import FeatureCache
+from fastvlm_mlx.generate.pipeline import Pipeline
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.prompt.processor import Processor
+from fastvlm_mlx.quantize.apply import packed_specs
+from fastvlm_mlx.quantize.recipes import Setting, make_recipe, plan_modules, quant_config
+
+SIZES = (*PRESETS, "demo")
+"""Sizes a model can be made in; "demo" has the bundled model's sizes, not its weights."""
+BITS = (16, 8, 4)
+"""16 is bfloat16; 8 and 4 pack the decoder as `quantize --recipe uniform` does."""
+STORED_DTYPE = "bfloat16"
+
+_DEMO = Path(__file__).parents[1] / "demo"
+_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# As in `engine.load`: folding and casting hold one module's source beside its result.
+_LOADING_SHARE = 1.2
+# Elements made at once: beside a tensor stand some 12 bytes an element of these.
+_CHUNK_ELEMENTS = 1 << 22
+_EMBEDDINGS = re.compile(r"decoder\.qwen2\.(?:model\.embed_tokens|lm_head)\.")
+
+# What ends a name → (offset, amplitude of a uniform value around it, is it divided by the root of
+# the fan-in). The first that fits counts. Found on the 0.5B tower: its activations keep their size
+# through all 44 blocks.
+_RULES: tuple[tuple[re.Pattern[str], float, float, bool], ...] = tuple(
+    (re.compile(pattern), offset, amplitude, scaled)
+    for pattern, offset, amplitude, scaled in (
+        (r"\.bn\.running_mean$", 0.0, 0.3, False),
+        (r"\.bn\.running_var$", 1.25, 0.75, False),
+        (r"\.bn\.weight$", 1.0, 0.5, False),
+        (r"norm\.weight$", 1.0, 0.3, False),
+        (r"layer_scale(_\d)?$", 0.3, 0.2, False),
+        (r"\.bias$", 0.0, 0.17, False),
+        (r"(mixer|pos_emb)\.weight$", 0.0, 0.7, True),
+        (r"vision\.(stem|expansion\.conv|.*downsample)\.", 0.0, 2.6, True),
+        (r"\.(embed_tokens|lm_head)\.weight$", 0.0, 0.87, False),
+        (r"\.weight$", 0.0, math.sqrt(3), True),
+    )
+)
+_SKIP_KERNEL = re.compile(r"(mixer|pos_emb)\.weight$")
+_SKIP_CENTRE = 0.9
+
+
+def synthetic_engine(
+    size: str,
+    bits: int = 16,
+    *,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    keep_quantized: bool = False,
+    memory_limit: int | None = None,
+) -> Engine:
+    """Return an engine of a preset's size with random weights, nothing read from a disk.
+
+    Device, dtype and what a CPU does with packed weights are `fastvlm_mlx.load`'s. No token ends an
+    answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture goes
+    through the tower. Raises FastVLMError for another size, MemoryLimitError if it does not fit.
+    """
+    on_cpu = select_device(device).type == mx.DeviceType.cpu
+    name = dtype or ("float32" if on_cpu else "bfloat16")
+    if name not in _DTYPES:
+        raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
+    kind = _DTYPES[name]
+    checkpoint = synthetic_checkpoint(size, bits, seed=seed)
+    dequantize = bits != 16 and on_cpu and not keep_quantized
+    needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
+    require_memory(needed, limit=memory_limit, what=synthetic_name(size, bits))
+    model = load_model(checkpoint, kind, dequantize=dequantize)
+    processor = Processor.from_folder(
+        _DEMO,
+        image_size=checkpoint.config.vision.image_size,
+        image_mode=checkpoint.config.image_mode,
+    )
+    pipeline = Pipeline(model, processor, frozenset(), synthetic_name(size, bits), FeatureCache(0))
+    return Engine(pipeline, checkpoint.folder, checkpoint.layout.name)
+
+
+def synthetic_name(size: str, bits: int) -> str:
+    """Return what a synthetic model is called in a report."""
+    return f"synthetic {size}, {bits} bits"
+
+
+def synthetic_checkpoint(size: str, bits: int = 16, *, seed: int = 0) -> Checkpoint:
+    """Return a checkpoint in the native layout whose tensors are made when they are read.
+
+    Its folder is the demo's, for the tokenizer. Raises FastVLMError for an unknown size or bits,
+    and for bits that the size's modules cannot be packed in.
+    """
+    if size not in SIZES:
+        raise FastVLMError(f"unknown size {size!r}: use {', '.join(SIZES)}")
+    if bits not in BITS:
+        raise FastVLMError(f"{bits} bits are not made: use {', '.join(map(str, BITS))}")
+    config = _float_config(size)
+    parameters = tree_flatten(FastVLM(config, mx.float32).parameters())
+    shapes = {name: tuple(array.shape) for name, array in parameters}
+    settings: dict[str, Setting] = {}
+    if bits != 16:
+        recipe = make_recipe("uniform", bits=bits, num_layers=config.decoder.num_layers)
+        settings, indivisible = plan_modules(recipe, shapes)
+        if indivisible:
+            raise ConfigError(f"{size} cannot be packed: {indivisible[0]} is too narrow")
+        config = dataclasses.replace(config, quant=quant_config(recipe, settings))
+    words = len(read_json(_DEMO / "tokenizer.json")["model"]["vocab"])
+    specs = {
+        **{f"vision.{name}": (shape, STORED_DTYPE) for name, shape in tower_shapes(config.vision)},
+        **dict(_decoder_specs(shapes, settings)),
+    }
+    tensors = {
+        name: SyntheticTensor(
+            StoredTensor(name, shape, kind, _DEMO), "", seed, words, settings.get(_module(name))
+        )
+        for name, (shape, kind) in specs.items()
+    }
+    layout = next(layout for layout in LAYOUTS if layout.name == "mlx-vlm")
+    return Checkpoint(_DEMO, layout, config, tensors, shapes, config.decoder.tied)
+
+
+def write_folder(folder: Path, size: str, bits: int = 16, *, seed: int = 0) -> Path:
+    """Write the same weights as `synthetic_engine`'s, bfloat16 or packed, for any runtime to load.
+
+    It is the native folder that `fastvlm convert` writes, checked as that is, and appears when it
+    is whole. Its tokenizer ends an answer at `<|im_end|>`, whose row is zero: no greedy answer has
+    it. Raises FastVLMError if it exists already, or the disk is too small.
+    """
+    checkpoint = synthetic_checkpoint(size, bits, seed=seed)
+    name = synthetic_name(size, bits)
+    floats = float_modules(checkpoint, {}) if checkpoint.config.quant else ()
+
+    def write_files(folder: Path, **given: Any) -> None:
+        write_native_files(folder, float_modules=floats, **given)
+        card = f"# {name}\n\nRandom weights of seed {seed}, for benchmarks. It knows nothing.\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    write_artifact(
+        Source(name=name, tower_name=None, checkpoint=checkpoint, raw={}),
+        folder,
+        native_parts(checkpoint, STORED_DTYPE, {}),
+        config=checkpoint.config,
+        dtype=STORED_DTYPE,
+        consumers=("native", "mlx-vlm"),
+        write_files=write_files,
+        read_config=lambda written: open_checkpoint(written).config,
+        overwrite=False,
+        command="",
+        progress=None,
+    )
+    return folder
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticTensor(MappedTensor):
+    """A tensor that is computed when it is read; `stored` says its name, shape and dtype.
+
+    `words` is how many rows of the vocabulary are words; `setting` is how its module is packed.
+    """
+
+    seed: int = 0
+    words: int = 0
+    setting: Setting | None = None
+
+    def read(self, reader: TensorReader) -> mx.array:  # noqa: ARG002 (nothing is read)
+        """Return its values, evaluated."""
+        name, shape = self.stored.name, self.stored.shape
+        leaf = name.rsplit(".", 1)[1]
+        if self.setting is not None and leaf in ("scales", "biases"):
+            array = mx.full(shape, _affine(self.setting, shape)[leaf], _DTYPES[STORED_DTYPE])
+        elif self.setting is not None and leaf == "weight":
+            array = _rows(name, shape, self.seed, lambda words: words)
+        else:
+            array = _rows(name, shape, self.seed, partial(_values, name, shape))
+        if _EMBEDDINGS.match(name):
+            kept = mx.arange(shape[0])[:, None] < self.words
+            array = mx.where(kept, array, mx.zeros_like(array))
+        if _SKIP_KERNEL.search(name) and name.startswith("vision."):
+            centre = mx.zeros(shape[1:3])
+            centre[shape[1] // 2, shape[2] // 2] = _SKIP_CENTRE
+            array = (array.astype(mx.float32) + centre[None, :, :, None]).astype(array.dtype)
+        mx.eval(array)
+        return array
+
+
+def _float_config(size: str) -> ModelConfig:
+    if size != "demo":
+        return dataclasses.replace(PRESETS[size], eos_ids=())
+    return dataclasses.replace(open_checkpoint(_DEMO).config, eos_ids=())
+
+
+def _decoder_specs(
+    shapes: dict[str, tuple[int, ...]], settings: dict[str, Setting]
+) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """Yield name → (shape, dtype) of projector's and decoder's tensors as they are stored."""
+    for name, shape in shapes.items():
+        setting = settings.get(_module(name))
+        if name.startswith("vision."):
+            continue
+        if setting is None or not name.endswith(".weight"):
+            yield name, (shape, STORED_DTYPE)
+            continue
+        for leaf, spec in packed_specs(shape, setting, STORED_DTYPE).items():
+            yield f"{_module(name)}.{leaf}", spec
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _rows(
+    name: str, shape: tuple[int, ...], seed: int, make: Callable[[mx.array], mx.array]
+) -> mx.array:
+    """Return `make` of random uint32 of this shape, some rows at a time, evaluated."""
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    first, stride = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
+    row = math.prod(shape[1:])
+    step = max(1, _CHUNK_ELEMENTS // row)
+    chunks = []
+    for start in range(0, shape[0], step):
+        rows = min(step, shape[0] - start)
+        begin = (first + start * row * (stride | 1)) % 2**32
+        words = mx.arange(rows * row, dtype=mx.uint32) * mx.array(stride | 1, dtype=mx.uint32)
+        words = _mixed(words + mx.array(begin, dtype=mx.uint32))
+        chunks.append(make(words.reshape(rows, *shape[1:])))
+        mx.eval(chunks[-1])
+    return mx.concatenate(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _mixed(words: mx.array) -> mx.array:
+    """Return pseudo-random uint32 of distinct ones: MurmurHash3's finalizer (A. Appleby)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        words = (words ^ (words >> shift)) * mx.array(factor, dtype=mx.uint32)
+    return words ^ (words >> 16)
+
+
+def _values(name: str, shape: tuple[int, ...], words: mx.array) -> mx.array:
+    """Return bfloat16 values of random words, as the first fitting rule has it."""
+    _, offset, amplitude, scaled = next(rule for rule in _RULES if rule[0].search(name))
+    if scaled:
+        amplitude /= math.sqrt(math.prod(shape[1:]))
+    # 24 bits less their middle are whole numbers that float32 holds exactly.
+    whole = (words >> 8).astype(mx.int32) - (1 << 23)
+    values = whole.astype(mx.float32) * (amplitude / (1 << 23))
+    if offset:
+        mx.eval(values)  # fused with the product, a sum is rounded once less on some devices
+        values = values + offset
+    return values.astype(_DTYPES[STORED_DTYPE])
+
+
+def _affine(setting: Setting, shape: tuple[int, ...]) -> dict[str, float]:
+    """Return one scale and bias for all groups: uniform codes then have the rule's variance.
+
+    `shape` is that of the scales. The scale is rounded to a power of two, with which the bias, half
+    the codes' range below zero, is exact in bfloat16.
+    """
+    variance = 1 / (shape[1] * setting.group_size)
+    step = math.sqrt(12 * variance / (4**setting.bits - 1))
+    scale = 2.0 ** round(math.log2(step))
+    return {"scales": scale, "biases": -scale * (2**setting.bits - 1) / 2}
