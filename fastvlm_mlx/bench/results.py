@@ -140,6 +140,7 @@ class Limit:
 
     `flops` counts a multiply-add as two, `bytes` is memory that must be read or written once.
     `limit_ms` is None where the chip's peak is unknown. `source` says whose peak it is.
+    `probe_ms` is the same by the peaks measured on this machine alone, None without a probe.
     """
 
     flops: float
@@ -147,6 +148,7 @@ class Limit:
     limit_ms: float | None = None
     bound: Literal["compute", "memory"] | None = None
     source: str = ""
+    probe_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
