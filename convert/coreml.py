@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.checkpoint.fuse import module_paths, reparameterize_module
-from fastvlm_mlx.checkpoint.load import check_tower, module_tensors, nothing_cached
+from fastvlm_mlx.checkpoint.load import check_tower, module_tensors
 from fastvlm_mlx.checkpoint.store import Checkpoint, target_dtype
 from fastvlm_mlx.checkpoint.tensors import TensorReader
 from fastvlm_mlx.config import VisionConfig
@@ -47,6 +47,7 @@ from fastvlm_mlx.convert.mil_tower import (
 )
 from fastvlm_mlx.convert.place import require_space
 from fastvlm_mlx.errors import BackendError, CheckpointError
+from fastvlm_mlx.model.memory import nothing_cached
 
 Precision = Literal["float32", "float16"]
 

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from fastvlm_mlx.checkpoint.load import nothing_cached
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.checkpoint.tensors import TensorReader, find_tensors
 from fastvlm_mlx.config import ModelConfig
@@ -44,6 +43,7 @@ from fastvlm_mlx.convert.sources import (
 )
 from fastvlm_mlx.convert.verify import require
 from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.model.memory import nothing_cached
 from fastvlm_mlx.quantize.recipes import Recipe, Setting
 
 log = logging.getLogger("fastvlm_mlx")

@@ -64,6 +64,37 @@ def fuse_module(
         return _attention_block(unit)
 
 
+def pair_heads(path: str, fused: Weights, config: VisionConfig) -> Weights:
+    """Return a fused module whose attention heads 2i and 2i+1 share one key and value head.
+
+    Keys and values of such a pair already lie side by side, so only queries are spread to twice
+    the width, [q|0] and [0|q], by rows of zeros in `qkv`; columns of zeros in `proj` drop the half
+    of each head's mix that is its neighbour's. Exact in real arithmetic: what is added is zero.
+    Other modules come back as they are. Lazy, on the CPU stream. `model/vision.py` says which
+    towers can be paired.
+    """
+    if "qkv.weight" not in fused:
+        return fused
+    dim = config.embed_dims[int(path.split(".")[1])]
+    with mx.stream(mx.cpu):
+        weight, bias = fused["qkv.weight"], fused["qkv.bias"]
+        paired = {
+            "qkv.weight": mx.concatenate([_spread(weight[:dim], config.head_dim), weight[dim:]]),
+            "qkv.bias": mx.concatenate([_spread(bias[:dim], config.head_dim), bias[dim:]]),
+            "proj.weight": _spread(fused["proj.weight"].T, config.head_dim).T,
+        }
+    return fused | paired
+
+
+def _spread(rows: mx.array, head_dim: int) -> mx.array:
+    """Put as many zeros behind the rows of each even head and before those of each odd one."""
+    pairs = rows.reshape(-1, 2, head_dim, *rows.shape[1:])
+    even, odd = pairs[:, 0], pairs[:, 1]
+    zeros = mx.zeros_like(even)
+    spread = mx.concatenate([even, zeros, zeros, odd], axis=1)
+    return spread.reshape(2 * rows.shape[0], *rows.shape[1:])
+
+
 def reparameterize_module(path: str, weights: Weights) -> Weights:
     """Return a module's canonical arrays with the branches of each convolution unit as one.
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths
+from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths, pair_heads
 from fastvlm_mlx.checkpoint.layouts import first_few
 from fastvlm_mlx.checkpoint.store import (
     EMBEDDING,
@@ -28,6 +27,7 @@ from fastvlm_mlx.checkpoint.store import (
 from fastvlm_mlx.checkpoint.tensors import TensorReader
 from fastvlm_mlx.errors import CheckpointMismatch
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.memory import nothing_cached
 from fastvlm_mlx.model.vision import pixel_fold
 
 log = logging.getLogger("fastvlm_mlx")
@@ -61,24 +61,27 @@ def load_model(
     dtype: mx.Dtype,
     *,
     dequantize: bool,
+    paired_heads: bool = False,
+    low_memory: bool = False,
     progress: Progress | None = None,
 ) -> FastVLM:
     """Read, fold and cast every weight; return the model, evaluated.
 
     A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
-    `progress` gets (bytes read, bytes in all). Raises CheckpointMismatch for tensors that do not
-    fit and CheckpointError for a file that cannot be read.
+    `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `progress` gets (bytes
+    read, bytes in all). Raises CheckpointMismatch for tensors that do not fit, CheckpointError for
+    a file that cannot be read and ConfigError for heads that cannot be paired.
     """
+    model = FastVLM(checkpoint.config, dtype, paired_heads=paired_heads, low_memory=low_memory)
     weights = []
     total, done = checkpoint.stored_bytes, 0
     with nothing_cached():
-        for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize):
+        for name, array, stored_bytes in _weights(checkpoint, dtype, dequantize, paired_heads):
             weights.append((name, array))
             done += stored_bytes
             if progress is not None:
                 progress(done, total)
-    model = FastVLM(checkpoint.config, dtype)
     if not dequantize:
         _make_quantized(model, checkpoint)
     model.load_weights(weights, strict=True)
@@ -86,22 +89,12 @@ def load_model(
     return model
 
 
-@contextmanager
-def nothing_cached() -> Iterator[None]:
-    """Hand freed source buffers back, which MLX would otherwise keep beside the weights."""
-    limit = mx.set_cache_limit(0)
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(limit)
-
-
 def _weights(
-    checkpoint: Checkpoint, dtype: mx.Dtype, dequantize: bool
+    checkpoint: Checkpoint, dtype: mx.Dtype, dequantize: bool, paired_heads: bool
 ) -> Iterator[tuple[str, mx.array, int]]:
     """Yield (path in the model, evaluated array, stored bytes it took), module by module."""
     reader = TensorReader()
-    yield from _tower(checkpoint, reader, dtype)
+    yield from _tower(checkpoint, reader, dtype, paired_heads)
     shapes = checkpoint.shapes
     for name, tensor in checkpoint.tensors.items():
         if name.startswith("vision."):
@@ -125,7 +118,7 @@ def _weights(
 
 
 def _tower(
-    checkpoint: Checkpoint, reader: TensorReader, dtype: mx.Dtype
+    checkpoint: Checkpoint, reader: TensorReader, dtype: mx.Dtype, paired_heads: bool
 ) -> Iterator[tuple[str, mx.array, int]]:
     """Fold the tower; raises CheckpointMismatch for arrays missing, left over or mis-shaped."""
     for path in module_paths(checkpoint.config.vision):
@@ -134,6 +127,8 @@ def _tower(
         stored_bytes = sum(tensor.stored.nbytes for tensor in tensors.values())
         group = {name: tensor.read(reader) for name, tensor in tensors.items()}
         fused = _folded(checkpoint, path, group, pixel_scale=pixel_fold(dtype))
+        if paired_heads:
+            fused = pair_heads(path, fused, checkpoint.config.vision)
         for name in list(fused):
             array = fused.pop(name)
             array = array.astype(target_dtype(prefix + name, dtype), stream=mx.cpu)

@@ -23,6 +23,7 @@ from fastvlm_mlx.checkpoint.tower_names import Transform
 from fastvlm_mlx.config import PRESETS, ModelConfig
 from fastvlm_mlx.errors import CheckpointMismatch, ConfigError
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.vision import FastViTHD
 
 EMBEDDING = "decoder.qwen2.model.embed_tokens"
 HEAD = "decoder.qwen2.lm_head"
@@ -88,10 +89,20 @@ class Checkpoint:
             name.removesuffix(".scales") for name in self.tensors if name.endswith(".scales")
         )
 
-    def resident_bytes(self, dtype: mx.Dtype, *, dequantize: bool) -> int:
-        """Return bytes of the loaded model's weights with activations in `dtype`."""
+    def resident_bytes(
+        self, dtype: mx.Dtype, *, dequantize: bool, paired_heads: bool = False
+    ) -> int:
+        """Return bytes of the loaded model's weights with activations in `dtype`.
+
+        Raises ConfigError for heads that cannot be paired.
+        """
+        shapes = self.shapes
+        if paired_heads:
+            tower = FastViTHD(self.config.vision, paired_heads=True)
+            wider = tree_flatten(tower.parameters(), prefix="vision")
+            shapes = {**shapes, **{name: tuple(array.shape) for name, array in wider}}
         total = 0
-        for name, shape in self.shapes.items():
+        for name, shape in shapes.items():
             path = name.removesuffix(".weight")
             if f"{path}.scales" in self.tensors and not dequantize:
                 leaves = (self.tensors.get(f"{path}.{leaf}") for leaf in PACKED)

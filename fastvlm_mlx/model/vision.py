@@ -8,10 +8,13 @@ Source: apple/ml-fastvlm `mci.py` (`fastvithd`), timm `fastvit_mci3`; arXiv 2412
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.model.layers import (
     Depthwise,
     Pointwise,
@@ -22,6 +25,9 @@ from fastvlm_mlx.model.layers import (
     pointwise,
     two_biases,
 )
+from fastvlm_mlx.model.memory import nothing_cached
+
+Step = Callable[[mx.array], mx.array]
 
 LAYER_NORM_EPS = 1e-5
 # 1/255 inside float16 weights would make small ones subnormal; 2^-8 is exact on the pixels.
@@ -38,10 +44,12 @@ class Stem(nn.Module):
         self.depthwise = Depthwise(dim, 3, stride=2)
         self.pointwise = Pointwise(dim, dim)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        x = bias_gelu(mx.conv2d(x, self.weight, stride=2, padding=1), self.bias)
-        x = bias_gelu(self.depthwise(x), self.depthwise.bias)
-        return gelu(self.pointwise(x))
+    def steps(self) -> Iterator[Step]:
+        """Yield its convolutions, the first apart from its GELU: both make the largest arrays."""
+        yield lambda x: mx.conv2d(x, self.weight, stride=2, padding=1)
+        yield lambda x: bias_gelu(x, self.bias)
+        yield lambda x: bias_gelu(self.depthwise(x), self.depthwise.bias)
+        yield lambda x: gelu(self.pointwise(x))
 
 
 class ConvFFN(nn.Module):
@@ -77,13 +85,22 @@ class RepMixerBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Multi-head self-attention over all positions, then ConvFFN."""
+    """Multi-head self-attention over all positions, then ConvFFN.
 
-    def __init__(self, dim: int, hidden: int, head_dim: int) -> None:
+    Paired, heads 2i and 2i+1 share a key and value head of twice the width, and their queries are
+    zero where the other's key is (`fuse.pair_heads`). Metal has a fused kernel for the width 64,
+    none for FastViTHD's 32.
+    """
+
+    def __init__(self, dim: int, hidden: int, head_dim: int, *, paired_heads: bool = False) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.qkv = Pointwise(dim, 3 * dim)
-        self.proj = Pointwise(dim, dim)
+        sharing = 2 if paired_heads else 1
+        self.scale = head_dim**-0.5
+        self.width = sharing * head_dim
+        self.heads = dim // head_dim
+        self.key_heads = self.heads // sharing
+        self.qkv = Pointwise(dim, (sharing + 2) * dim)
+        self.proj = Pointwise(sharing * dim, dim)
         self.ffn = ConvFFN(dim, hidden)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -92,15 +109,18 @@ class AttentionBlock(nn.Module):
         return self.ffn(x, residual)
 
     def attend(self, x: mx.array) -> mx.array:
-        """Return each position's mix of the others' values, [B,H,W,C] to [B,H,W,C], before proj."""
-        batch, height, width, dim = x.shape
-        heads = dim // self.head_dim
+        """Return each position's mix of the others' values before proj, [B,H,W,C] from [B,H,W,C].
+
+        Paired, [B,H,W,2C]: half of what each head mixed is its neighbour's and proj's to drop.
+        """
+        batch, height, width, _ = x.shape
         normed = mx.fast.layer_norm(x, None, None, LAYER_NORM_EPS)
-        qkv = self.qkv(normed).reshape(batch, height * width, 3 * heads, self.head_dim)
+        qkv = self.qkv(normed).reshape(batch, height * width, -1, self.width)
         # Split, not indexed: an integer index gathers, which copies.
-        q, k, v = mx.split(qkv.transpose(0, 2, 1, 3), 3, axis=1)
-        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, height, width, dim)
+        ends = [self.heads, self.heads + self.key_heads]
+        q, k, v = mx.split(qkv.transpose(0, 2, 1, 3), ends, axis=1)
+        mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, height, width, -1)
 
 
 class Downsample(nn.Module):
@@ -126,7 +146,7 @@ class Downsample(nn.Module):
 class Stage(nn.Module):
     """An optional downsampling, an optional position encoding (depthwise 7x7), then blocks."""
 
-    def __init__(self, config: VisionConfig, index: int) -> None:
+    def __init__(self, config: VisionConfig, index: int, *, paired_heads: bool = False) -> None:
         super().__init__()
         dim = config.embed_dims[index]
         hidden = int(dim * config.mlp_ratios[index])
@@ -138,19 +158,22 @@ class Stage(nn.Module):
             self.blocks = [RepMixerBlock(dim, hidden) for _ in range(config.layers[index])]
         else:
             self.blocks = [
-                AttentionBlock(dim, hidden, config.head_dim) for _ in range(config.layers[index])
+                AttentionBlock(dim, hidden, config.head_dim, paired_heads=paired_heads)
+                for _ in range(config.layers[index])
             ]
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def steps(self) -> Iterator[Step]:
+        """Yield what is applied one after the other, each a function of one array."""
         if "downsample" in self:
-            x = self.downsample(x)
+            yield self.downsample
         if "pos_emb" in self:
-            # A float16 tower keeps the weights from here on in float32 (see `store.py`).
-            x = x.astype(self.pos_emb.weight.dtype)
-            x = self.pos_emb(x) + self.pos_emb.bias
-        for block in self.blocks:
-            x = block(x)
-        return x
+            yield self._add_position
+        yield from self.blocks
+
+    def _add_position(self, x: mx.array) -> mx.array:
+        # A float16 tower keeps the weights from here on in float32 (see `store.py`).
+        x = x.astype(self.pos_emb.weight.dtype)
+        return self.pos_emb(x) + self.pos_emb.bias
 
 
 class Expansion(nn.Module):
@@ -169,13 +192,25 @@ class Expansion(nn.Module):
 
 
 class FastViTHD(nn.Module):
-    """The vision tower: uint8 pixels to features, one for each 64 x 64 pixels, row by row."""
+    """The vision tower: uint8 pixels to features, one for each 64 x 64 pixels, row by row.
 
-    def __init__(self, config: VisionConfig) -> None:
+    `paired_heads` takes the weights of `fuse.pair_heads`; raises ConfigError for a stage with an
+    odd number of heads. `low_memory` evaluates step by step and gives each freed buffer back at
+    once: the same features, bit for bit, for far less memory and a wait after each step.
+    """
+
+    def __init__(
+        self, config: VisionConfig, *, paired_heads: bool = False, low_memory: bool = False
+    ) -> None:
         super().__init__()
+        if paired_heads:
+            _check_pairs(config)
         self.config = config
+        self.low_memory = low_memory
         self.stem = Stem(config.embed_dims[0])
-        self.stages = [Stage(config, i) for i in range(len(config.layers))]
+        self.stages = [
+            Stage(config, i, paired_heads=paired_heads) for i in range(len(config.layers))
+        ]
         self.expansion = Expansion(config)
 
     def __call__(self, pixels: mx.array) -> mx.array:
@@ -184,14 +219,52 @@ class FastViTHD(nn.Module):
         The pixels' 1/255 is inside the stem's weights. Raises ConfigError for a size off the grid.
         """
         tokens = self.config.tokens(pixels.shape[1], pixels.shape[2])
+        run = _run_one_by_one if self.low_memory else _run
+        return run(self.steps(), pixels).reshape(pixels.shape[0], tokens, self.config.out_dim)
+
+    def steps(self) -> Iterator[Step]:
+        """Yield what is applied to the pixels one after the other, each a function of one array."""
+        yield self._cast
+        yield from self.stem.steps()
+        for stage in self.stages:
+            yield from stage.steps()
+        yield self.expansion
+
+    def _cast(self, pixels: mx.array) -> mx.array:
         dtype = self.stem.weight.dtype
         x = pixels.astype(dtype)
-        if dtype == mx.float16:
-            x = x * FLOAT16_PIXEL_SCALE
-        x = self.stem(x)
-        for stage in self.stages:
-            x = stage(x)
-        return self.expansion(x).reshape(pixels.shape[0], tokens, self.config.out_dim)
+        return x * FLOAT16_PIXEL_SCALE if dtype == mx.float16 else x
+
+
+def _run(steps: Iterable[Step], x: mx.array) -> mx.array:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _run_one_by_one(steps: Iterable[Step], x: mx.array) -> mx.array:
+    """Run with no more in memory than one step needs.
+
+    MLX allocates for many steps ahead of the one that is running, and keeps what is freed for
+    later use; neither is lived with here.
+    """
+    mx.clear_cache()
+    with nothing_cached():
+        for step in steps:
+            x = step(x)
+            mx.eval(x)
+    return x
+
+
+def _check_pairs(config: VisionConfig) -> None:
+    """Raise ConfigError unless each attention stage has an even number of heads."""
+    for index, (mixer, dim) in enumerate(zip(config.token_mixers, config.embed_dims, strict=True)):
+        heads = dim // config.head_dim
+        if mixer == "attention" and heads % 2:
+            raise ConfigError(
+                f"stage {index} of this tower has {heads} attention heads, an odd number: "
+                "load it without paired_heads"
+            )
 
 
 def pixel_fold(dtype: mx.Dtype) -> float:
