@@ -1,4 +1,4 @@
-"""The formulas of what a stage costs, beside the graph that is really computed; nothing is timed."""
+"""The formulas of what a stage costs, beside the graph that really computes it; no clock."""
 
 from __future__ import annotations
 
