@@ -30,8 +30,6 @@ from fastvlm_mlx.generate.clock import Clock
 from fastvlm_mlx.generate.context import Fitted, Overflow, certain_length, fit, lay_out
 from fastvlm_mlx.generate.options import AnswerOptions, ImageOptions, Picture, listed
 from fastvlm_mlx.generate.pipeline import Pipeline
-from fastvlm_mlx.generate.resume import kv_of, to_saved, transcript_of
-from fastvlm_mlx.generate.session_file import read_session, write_session
 from fastvlm_mlx.generate.transcript import Transcript, Turn
 from fastvlm_mlx.generate.warm import WarmDecoder
 from fastvlm_mlx.model.fastvlm import ShownImage, StoredImage
@@ -108,6 +106,10 @@ class ChatSession:
         the next answer does, or `prepare`. Raises SessionError for what is no session file, or of
         a newer version; ConfigError for pictures of a size that this model's grid lacks.
         """
+        # Here and in `save`: a session's file takes 10 ms to import, and most answers need none.
+        from fastvlm_mlx.generate.resume import kv_of, transcript_of
+        from fastvlm_mlx.generate.session_file import read_session
+
         tell = say or log.warning
         saved = read_session(path)
         for line in saved.damage:
@@ -123,6 +125,9 @@ class ChatSession:
 
         Settings are not saved. Replaces nothing but a session file. Raises SessionError.
         """
+        from fastvlm_mlx.generate.resume import to_saved
+        from fastvlm_mlx.generate.session_file import write_session
+
         self._require_idle()
         write_session(path, to_saved(self._pipeline, self._transcript, self._warm.kv))
 
