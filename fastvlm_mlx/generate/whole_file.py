@@ -97,12 +97,15 @@ _PREFIX, _SUFFIX = ".fastvlm-session-", ".partial"
 
 
 @contextlib.contextmanager
-def replacing(place: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that takes `place` when the block ends well, and is gone otherwise."""
+def replacing(place: Path, *, permissions: int = 0o600) -> Iterator[BinaryIO]:
+    """Yield a new file that takes `place` when the block ends well, and is gone otherwise.
+
+    By default nobody else may read it; the umask is taken from `permissions`.
+    """
     partial = place.with_name(f"{_PREFIX}{secrets.token_hex(6)}{_SUFFIX}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
+        with os.fdopen(os.open(partial, flags, permissions), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

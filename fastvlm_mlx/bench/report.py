@@ -1,0 +1,280 @@
+"""A report as lines for a terminal of 80 columns, and as tidy rows for a spreadsheet.
+
+Knows which figure belongs beside which. Measures nothing and draws nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from fastvlm_mlx.bench.figures import (
+    COLD,
+    DRIFT,
+    drift,
+    label_of,
+    metric_of,
+    number,
+    ordered,
+    shown,
+    slow_tail,
+)
+from fastvlm_mlx.bench.results import METRICS, STAGES, CaseResult, Limit, Report, Series
+from fastvlm_mlx.checkpoint.memory import readable_bytes
+
+WIDTH = 80
+_INDENT = 10
+_DIGEST = 8  # hexadecimal digits of a hash that are shown; the JSON has them all
+
+CSV_COLUMNS = (
+    "runtime", "created", "chip", "gpu_cores", "device", "os", "power", "mlx", "backend",
+    "model", "parameters", "dtype", "quantization", "fingerprint", "file_cache",
+    "case", "resolution", "images", "prompt", "max_tokens",
+    "prompt_tokens", "image_tokens", "generated_tokens",
+    "metric", "unit", "better", "median", "p90", "n", "first_third", "last_third", "min", "max",
+    "flops", "bytes", "limit_ms", "bound",
+)  # fmt: skip
+"""What a row of `csv_rows` has, in order; the case's are empty for what is measured once."""
+
+
+def table(report: Report) -> str:
+    """Return the whole report as text, no line longer than 80 columns unless a name is."""
+    lines = list(heading(report))
+    if report.once:
+        lines += ["", *_once(report)]
+    for result in report.cases:
+        lines += ["", *_case(result)]
+    sources = (limit.source for result in report.cases for limit in result.limits.values())
+    for source in dict.fromkeys(filter(None, sources)):
+        lines += ["", *_wrapped(f"limit: {source}", "  ")]
+    if len(report.cases) > 1:
+        lines += ["", *_overview(report)]
+    return "\n".join(lines)
+
+
+def heading(report: Report) -> Iterator[str]:
+    """Yield what was run, on what, with which weights and how."""
+    machine, model, settings = report.machine, report.model, report.settings
+    yield from _entry("runtime", [f"{report.runtime}, {report.created}"])
+    yield from _entry(
+        "machine",
+        [
+            machine.chip,
+            _count(machine.cpu_cores, "CPU core"),
+            _count(machine.gpu_cores, "GPU core"),
+            "" if machine.memory_bytes is None else f"{readable_bytes(machine.memory_bytes)} RAM",
+            machine.os,
+            machine.power,
+            "virtual" if machine.virtual else "",
+        ],
+    )
+    yield from _entry(
+        "",
+        [
+            f"MLX {machine.mlx}" if machine.mlx else "",
+            machine.device,
+            machine.backend,
+            machine.blas,
+            f"Python {machine.python}",
+            "" if machine.load_average is None else f"load {machine.load_average:.2f} at the start",
+        ],
+    )
+    yield from _entry(
+        "model",
+        [
+            f"{model.name}{' (random weights)' if model.synthetic else ''}",
+            f"{model.parameters / 1e6:.4g} M parameters",
+            f"{readable_bytes(model.weight_bytes)} of weights",
+            f"{model.quantization} bits" if model.quantization.isdecimal() else model.quantization,
+            f"computing in {model.dtype}",
+            f"fingerprint {model.fingerprint[:_DIGEST]}" if model.fingerprint else "",
+        ],
+    )
+    yield from _entry(
+        "runs",
+        [
+            f"{settings.runs} counted",
+            f"{settings.warm_up_runs} before them left out",
+            f"file cache {settings.file_cache}",
+            f"seed {settings.seed}",
+        ],
+    )
+    digests = [f"{name} {value[:_DIGEST]}" for name, value in settings.inputs.items()]
+    yield from _entry("inputs", digests)
+
+
+def _entry(name: str, values: list[str]) -> Iterator[str]:
+    """Yield lines of a heading's entry: those values that are known, none cut between lines."""
+    line = f"{name:<{_INDENT}}"
+    empty = True
+    for value in filter(None, values):
+        if not empty and len(line) + 2 + len(value) >= WIDTH:
+            yield f"{line},"
+            line, empty = " " * _INDENT, True
+        line += value if empty else f", {value}"
+        empty = False
+    if not empty:
+        yield line
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _count(count: int | None, noun: str) -> str:
+    return "" if count is None else f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+_FIGURES = f"{'':<26}{'median':>11}{'p90':>16}{'n':>4}   first → last third"
+
+
+def _once(report: Report) -> Iterator[str]:
+    """Yield what is measured once a process: loading, warm-up, cold start and its parts."""
+    yield _FIGURES.replace(" " * 14, "once a process", 1)
+    for name in ordered(report.once):
+        series = report.once[name]
+        part = name.startswith(COLD) and name not in METRICS
+        yield _figure(name, series, "    " if part else "  ")
+
+
+def _figure(name: str, series: Series, indent: str = "  ") -> str:
+    metric = metric_of(name, series)
+    label = f"{indent}{label_of(name)}"
+    tail = shown(slow_tail(series, metric.better), series.unit)
+    if metric.better == "higher":
+        tail = f"p10 {tail}"
+    line = f"{label:<26}{shown(series.median, series.unit):>11}{tail:>16}{series.n:>4}"
+    factor = drift(series, metric.better)
+    if factor is None:
+        return line
+    line += f"   {number(series.first_third)} → {number(series.last_third)}"
+    return f"{line}  (!)" if factor > DRIFT else line
+
+
+def _case(result: CaseResult) -> Iterator[str]:
+    yield result.case.name
+    yield (
+        f"  prompt of {result.prompt_tokens} tokens, {result.image_tokens} of them the pictures'; "
+        f"{result.generated_tokens} generated"
+    )
+    series = result.series
+    names = [name for name in ordered(series) if name not in STAGES]
+    if names:
+        yield _FIGURES
+        yield from (_figure(name, series[name]) for name in names)
+    if any(name in series for name in STAGES):
+        yield from _stages(result)
+    warned = [
+        label_of(name)
+        for name, one in series.items()
+        if (drift(one, metric_of(name, one).better) or 0) > DRIFT
+    ]
+    if warned:
+        text = f"(!) slower at the end: {', '.join(warned)}. Heat, or load on the machine?"
+        yield from _wrapped(f"  {text}", "      ")
+
+
+def _stages(result: CaseResult) -> Iterator[str]:
+    """Yield the split of a profiled call, each stage beside the least the chip needs for it."""
+    series, limits = result.series, result.limits
+    stages = [name for name in STAGES if name in series]
+    whole = sum(series[name].median for name in stages)
+    beside = f"{'work':>11}{'moved':>9}{'limit':>10}  reached" if limits else ""
+    yield f"  {'stages, waited for':<18}{'median':>9}{'share':>6}{beside}"
+    for name in stages:
+        median = series[name].median
+        share = f"{median / whole:>6.0%}" if whole else ""
+        yield _stage(METRICS[name].label, median, share, limits.get(name))
+    yield _stage("together", whole, "", None)
+    if "decode_tps" in limits and "decode_tps" in series:
+        # A speed's limit is that of one token.
+        yield _stage(
+            "decode, a token", 1000 / series["decode_tps"].median, "", limits["decode_tps"]
+        )
+
+
+def _stage(label: str, median_ms: float, share: str, limit: Limit | None) -> str:
+    line = f"  {label:<16}{shown(median_ms, 'ms'):>11}{share:>6}"
+    if limit is None:
+        return line.rstrip()
+    line += f"{number(limit.flops / 1e9):>8} GF{readable_bytes(round(limit.bytes)):>9}"
+    if limit.limit_ms is None:
+        return line
+    line += f"{shown(limit.limit_ms, 'ms'):>10}"
+    if not median_ms:
+        return line
+    return f"{line}{limit.limit_ms / median_ms:>5.0%}{f' of {limit.bound}' if limit.bound else ''}"
+
+
+_OVERVIEW = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tps", "peak_bytes")
+
+
+def _overview(report: Report) -> Iterator[str]:
+    """Yield one line a case, to be read down: how cost grows."""
+    names = [name for name in _OVERVIEW if any(name in r.series for r in report.cases)]
+    titles = "".join(f"{METRICS[name].label:>12}" for name in names)
+    yield f"{'px':>5}{'images':>7}  {'prompt':<6}{titles}"
+    for result in report.cases:
+        case = result.case
+        cells = "".join(
+            f"{shown(result.series[name].median, result.series[name].unit):>12}"
+            if name in result.series
+            else f"{'-':>12}"
+            for name in names
+        )
+        yield f"{case.resolution:>5}{case.images:>7}  {case.prompt:<6}{cells}"
+
+
+def csv_rows(report: Report) -> list[dict[str, Any]]:
+    """Return a row for each case and figure, with every statistic; keys are CSV_COLUMNS.
+
+    Times in milliseconds, speeds in tokens/s, memory in bytes. What is not known is "".
+    """
+    machine, model = report.machine, report.model
+    whole = {
+        "runtime": report.runtime,
+        "created": report.created,
+        **{name: getattr(machine, name) for name in ("chip", "gpu_cores", "device", "os", "power")},
+        "mlx": machine.mlx,
+        "backend": machine.backend,
+        "model": model.name,
+        **{name: getattr(model, name) for name in ("parameters", "dtype", "quantization")},
+        "fingerprint": model.fingerprint,
+        "file_cache": report.settings.file_cache,
+    }
+    rows = [whole | _csv_figure(name, report.once[name]) for name in ordered(report.once)]
+    for result in report.cases:
+        case = result.case
+        about = {
+            "case": case.name,
+            **{name: getattr(case, name) for name in ("resolution", "images", "prompt")},
+            "max_tokens": case.max_tokens,
+            "prompt_tokens": result.prompt_tokens,
+            "image_tokens": result.image_tokens,
+            "generated_tokens": result.generated_tokens,
+        }
+        for name in ordered(result.series):
+            values = whole | about | _csv_figure(name, result.series[name])
+            limit = result.limits.get(name)
+            if limit is not None:
+                values |= {"flops": limit.flops, "bytes": limit.bytes}
+                values |= {"limit_ms": limit.limit_ms, "bound": limit.bound}
+            rows.append(values)
+    return [{name: _cell(row.get(name)) for name in CSV_COLUMNS} for row in rows]
+
+
+def _csv_figure(name: str, series: Series) -> dict[str, Any]:
+    statistics = {key: value for key, value in series.to_json().items() if key != "values"}
+    return statistics | {
+        "metric": name,
+        "better": metric_of(name, series).better,
+        "min": min(series.values),
+        "max": max(series.values),
+    }
+
+
+def _cell(value: Any) -> Any:
+    return "" if value is None else value
