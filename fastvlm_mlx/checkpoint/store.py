@@ -99,8 +99,8 @@ class Checkpoint:
         shapes = self.shapes
         if paired_heads:
             tower = FastViTHD(self.config.vision, paired_heads=True)
-            wider = tree_flatten(tower.parameters(), prefix="vision")
-            shapes = {**shapes, **{name: tuple(array.shape) for name, array in wider}}
+            wider = {f"vision.{n}": tuple(a.shape) for n, a in tree_flatten(tower.parameters())}
+            shapes = {**shapes, **wider}
         total = 0
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
