@@ -113,8 +113,11 @@ class AttentionBlock(nn.Module):
 
         Paired, [B,H,W,2C]: half of what each head mixed is its neighbour's and proj's to drop.
         """
-        batch, height, width, _ = x.shape
-        normed = mx.fast.layer_norm(x, None, None, LAYER_NORM_EPS)
+        return self.mix(mx.fast.layer_norm(x, None, None, LAYER_NORM_EPS))
+
+    def mix(self, normed: mx.array) -> mx.array:
+        """Attend from positions that are normed already."""
+        batch, height, width, _ = normed.shape
         qkv = self.qkv(normed).reshape(batch, height * width, -1, self.width)
         # Split, not indexed: an integer index gathers, which copies.
         ends = [self.heads, self.heads + self.key_heads]
