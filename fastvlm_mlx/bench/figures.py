@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from fastvlm_mlx.bench.results import METRICS, Better, Metric, Series
+from fastvlm_mlx.bench.results import METRICS, Better, Metric, ModelCard, Series
 from fastvlm_mlx.checkpoint.memory import readable_bytes
 
 DRIFT = 1.1
@@ -27,6 +27,14 @@ def label_of(name: str) -> str:
     if name in METRICS:
         return METRICS[name].label
     return name.removeprefix(COLD).removesuffix("_ms").replace("_", " ")
+
+
+def bits_of(model: ModelCard) -> str:
+    """Return how weights are packed, "" where the model's name says it already."""
+    if not model.quantization.isdecimal():
+        return model.quantization
+    words = f"{model.quantization} bits"
+    return "" if words in model.name else words
 
 
 def ordered(series: dict[str, Series]) -> list[str]:

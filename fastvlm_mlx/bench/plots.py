@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastvlm_mlx.bench.figures import shown
+from fastvlm_mlx.bench.figures import bits_of, shown
 from fastvlm_mlx.bench.ratios import ratio
 from fastvlm_mlx.bench.results import METRICS, STAGES, CaseResult, Report
 from fastvlm_mlx.errors import FastVLMError
@@ -246,10 +246,9 @@ def _png(draw: Callable[[Any], None], *, height: float) -> bytes:
 def _title(figure: Any, what: str, report: Report) -> None:
     """Say what is drawn, and below it of which model on which machine."""
     machine, model = report.machine, report.model
-    bits = f", {model.quantization} bits" if model.quantization.isdecimal() else ""
+    words = ", ".join(filter(None, (model.name, bits_of(model), model.dtype)))
     about = (
-        f"{model.name}{bits}, {model.dtype}; {machine.chip} ({machine.device}); "
-        f"{report.runtime}, {report.settings.runs} runs"
+        f"{words}; {machine.chip} ({machine.device}); {report.runtime}, {report.settings.runs} runs"
     )
     lines = textwrap.wrap(about, 105)
     figure.suptitle("\n".join([what, *lines]), fontsize=10)

@@ -12,6 +12,7 @@ from typing import Any
 from fastvlm_mlx.bench.figures import (
     COLD,
     DRIFT,
+    bits_of,
     drift,
     label_of,
     metric_of,
@@ -33,7 +34,7 @@ CSV_COLUMNS = (
     "case", "resolution", "images", "prompt", "max_tokens",
     "prompt_tokens", "image_tokens", "generated_tokens",
     "metric", "unit", "better", "median", "p90", "n", "first_third", "last_third", "min", "max",
-    "flops", "bytes", "limit_ms", "bound",
+    "flops", "bytes", "limit_ms", "bound", "probe_ms",
 )  # fmt: skip
 """What a row of `csv_rows` has, in order; the case's are empty for what is measured once."""
 
@@ -83,10 +84,10 @@ def heading(report: Report) -> Iterator[str]:
     yield from _entry(
         "model",
         [
-            f"{model.name}{' (random weights)' if model.synthetic else ''}",
+            f"{model.name}{', random weights' if model.synthetic else ''}",
             f"{model.parameters / 1e6:.4g} M parameters",
             f"{readable_bytes(model.weight_bytes)} of weights",
-            f"{model.quantization} bits" if model.quantization.isdecimal() else model.quantization,
+            bits_of(model),
             f"computing in {model.dtype}",
             f"fingerprint {model.fingerprint[:_DIGEST]}" if model.fingerprint else "",
         ],
@@ -96,7 +97,7 @@ def heading(report: Report) -> Iterator[str]:
         [
             f"{settings.runs} counted",
             f"{settings.warm_up_runs} before them left out",
-            f"file cache {settings.file_cache}",
+            "" if model.synthetic else f"file cache {settings.file_cache}",
             f"seed {settings.seed}",
         ],
     )
@@ -182,13 +183,16 @@ def _stages(result: CaseResult) -> Iterator[str]:
     series, limits = result.series, result.limits
     stages = [name for name in STAGES if name in series]
     whole = sum(series[name].median for name in stages)
-    beside = f"{'work':>11}{'moved':>9}{'limit':>10}  reached" if limits else ""
+    beside = f"{'work':>10}{'moved':>9}{'limit':>10}  reached" if limits else ""
     yield f"  {'stages, waited for':<18}{'median':>9}{'share':>6}{beside}"
     for name in stages:
         median = series[name].median
         share = f"{median / whole:>6.0%}" if whole else ""
         yield _stage(METRICS[name].label, median, share, limits.get(name))
     yield _stage("together", whole, "", None)
+    if "paper_ttft_ms" in limits and "paper_ttft_ms" in series:
+        paper = series["paper_ttft_ms"].median
+        yield _stage("the paper's TTFT", paper, "", limits["paper_ttft_ms"])
     if "decode_tps" in limits and "decode_tps" in series:
         # A speed's limit is that of one token.
         yield _stage(
@@ -200,13 +204,18 @@ def _stage(label: str, median_ms: float, share: str, limit: Limit | None) -> str
     line = f"  {label:<16}{shown(median_ms, 'ms'):>11}{share:>6}"
     if limit is None:
         return line.rstrip()
-    line += f"{number(limit.flops / 1e9):>8} GF{readable_bytes(round(limit.bytes)):>9}"
+    line += f"{_work(limit.flops):>10}{readable_bytes(round(limit.bytes)):>9}"
     if limit.limit_ms is None:
         return line
     line += f"{shown(limit.limit_ms, 'ms'):>10}"
     if not median_ms:
         return line
     return f"{line}{limit.limit_ms / median_ms:>5.0%}{f' of {limit.bound}' if limit.bound else ''}"
+
+
+def _work(flops: float) -> str:
+    """Operations in billions, or in millions where few."""
+    return f"{number(flops / 1e9)} GF" if flops >= 1e8 else f"{number(flops / 1e6)} MF"
 
 
 _OVERVIEW = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tps", "peak_bytes")
@@ -262,6 +271,7 @@ def csv_rows(report: Report) -> list[dict[str, Any]]:
             if limit is not None:
                 values |= {"flops": limit.flops, "bytes": limit.bytes}
                 values |= {"limit_ms": limit.limit_ms, "bound": limit.bound}
+                values["probe_ms"] = limit.probe_ms
             rows.append(values)
     return [{name: _cell(row.get(name)) for name in CSV_COLUMNS} for row in rows]
 
