@@ -5,12 +5,6 @@ engine's own loading (folding, casting, packing), and writing it is `convert`'s 
 what is measured is what users run. Knows no clock: how long it takes to make weights says nothing
 about how long reading them takes, and no load time is reported for them.
 
-Every tensor depends on its name, its shape and the seed alone, and is made of random integers, one
-multiplication and one rounding to bfloat16: the same on every device, in memory and on disk. It is
-uniform with variance about 1 / fan-in, tower kernels that stand for a skip connection are near the
-identity, norms are about 1: activations stay finite in every dtype. Packed weights are random
-codes with scales that give the same variance, so packing costs no time.
-
 The tokenizer is the demo's. Rows of the vocabulary beyond its words are zero, and a zero logit is
 never the highest of hundreds: greedy answers are decodable text that never ends by itself.
 """
@@ -18,12 +12,8 @@ never the highest of hundreds: greedy answers are decodable text that never ends
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +21,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.bench.random_weights import DTYPE, random_tensor
 from fastvlm_mlx.bench.tower_shapes import tower_shapes
 from fastvlm_mlx.checkpoint.layouts import LAYOUTS
 from fastvlm_mlx.checkpoint.load import load_model
@@ -55,36 +46,12 @@ SIZES = (*PRESETS, "demo")
 """Sizes a model can be made in; "demo" has the bundled model's sizes, not its weights."""
 BITS = (16, 8, 4)
 """16 is bfloat16; 8 and 4 pack the decoder as `quantize --recipe uniform` does."""
-STORED_DTYPE = "bfloat16"
+STORED_DTYPE = str(DTYPE).removeprefix("mlx.core.")
 
 _DEMO = Path(__file__).parents[1] / "demo"
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # As in `engine.load`: folding and casting hold one module's source beside its result.
 _LOADING_SHARE = 1.2
-# Elements made at once: beside a tensor stand some 12 bytes an element of these.
-_CHUNK_ELEMENTS = 1 << 22
-_EMBEDDINGS = re.compile(r"decoder\.qwen2\.(?:model\.embed_tokens|lm_head)\.")
-
-# What ends a name → (offset, amplitude of a uniform value around it, is it divided by the root of
-# the fan-in). The first that fits counts. Found on the 0.5B tower: its activations keep their size
-# through all 44 blocks.
-_RULES: tuple[tuple[re.Pattern[str], float, float, bool], ...] = tuple(
-    (re.compile(pattern), offset, amplitude, scaled)
-    for pattern, offset, amplitude, scaled in (
-        (r"\.bn\.running_mean$", 0.0, 0.3, False),
-        (r"\.bn\.running_var$", 1.25, 0.75, False),
-        (r"\.bn\.weight$", 1.0, 0.5, False),
-        (r"norm\.weight$", 1.0, 0.3, False),
-        (r"layer_scale(_\d)?$", 0.3, 0.2, False),
-        (r"\.bias$", 0.0, 0.17, False),
-        (r"(mixer|pos_emb)\.weight$", 0.0, 0.7, True),
-        (r"vision\.(stem|expansion\.conv|.*downsample)\.", 0.0, 2.6, True),
-        (r"\.(embed_tokens|lm_head)\.weight$", 0.0, 0.87, False),
-        (r"\.weight$", 0.0, math.sqrt(3), True),
-    )
-)
-_SKIP_KERNEL = re.compile(r"(mixer|pos_emb)\.weight$")
-_SKIP_CENTRE = 0.9
 
 
 def synthetic_engine(
@@ -96,12 +63,14 @@ def synthetic_engine(
     dtype: str | None = None,
     keep_quantized: bool = False,
     memory_limit: int | None = None,
+    paired_heads: bool = False,
+    low_memory: bool = False,
 ) -> Engine:
     """Return an engine of a preset's size with random weights, nothing read from a disk.
 
-    Device, dtype and what a CPU does with packed weights are `fastvlm_mlx.load`'s. No token ends an
-    answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture goes
-    through the tower. Raises FastVLMError for another size, MemoryLimitError if it does not fit.
+    Device, dtype, how the tower runs and what a CPU does with packed weights are `load`'s. No token
+    ends an answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture
+    goes through the tower. Raises FastVLMError for another size, MemoryLimitError if it does not fit.
     """
     on_cpu = select_device(device).type == mx.DeviceType.cpu
     name = dtype or ("float32" if on_cpu else "bfloat16")
@@ -110,9 +79,17 @@ def synthetic_engine(
     kind = _DTYPES[name]
     checkpoint = synthetic_checkpoint(size, bits, seed=seed)
     dequantize = bits != 16 and on_cpu and not keep_quantized
-    needed = int(checkpoint.resident_bytes(kind, dequantize=dequantize) * _LOADING_SHARE)
-    require_memory(needed, limit=memory_limit, what=synthetic_name(size, bits))
-    model = load_model(checkpoint, kind, dequantize=dequantize)
+    resident = checkpoint.resident_bytes(kind, dequantize=dequantize, paired_heads=paired_heads)
+    require_memory(
+        int(resident * _LOADING_SHARE), limit=memory_limit, what=synthetic_name(size, bits)
+    )
+    model = load_model(
+        checkpoint,
+        kind,
+        dequantize=dequantize,
+        paired_heads=paired_heads,
+        low_memory=low_memory,
+    )
     processor = Processor.from_folder(
         _DEMO,
         image_size=checkpoint.config.vision.image_size,
@@ -207,23 +184,13 @@ class SyntheticTensor(MappedTensor):
 
     def read(self, reader: TensorReader) -> mx.array:  # noqa: ARG002 (nothing is read)
         """Return its values, evaluated."""
-        name, shape = self.stored.name, self.stored.shape
-        leaf = name.rsplit(".", 1)[1]
-        if self.setting is not None and leaf in ("scales", "biases"):
-            array = mx.full(shape, _affine(self.setting, shape)[leaf], _DTYPES[STORED_DTYPE])
-        elif self.setting is not None and leaf == "weight":
-            array = _rows(name, shape, self.seed, lambda words: words)
-        else:
-            array = _rows(name, shape, self.seed, partial(_values, name, shape))
-        if _EMBEDDINGS.match(name):
-            kept = mx.arange(shape[0])[:, None] < self.words
-            array = mx.where(kept, array, mx.zeros_like(array))
-        if _SKIP_KERNEL.search(name) and name.startswith("vision."):
-            centre = mx.zeros(shape[1:3])
-            centre[shape[1] // 2, shape[2] // 2] = _SKIP_CENTRE
-            array = (array.astype(mx.float32) + centre[None, :, :, None]).astype(array.dtype)
-        mx.eval(array)
-        return array
+        return random_tensor(
+            self.stored.name,
+            self.stored.shape,
+            seed=self.seed,
+            words=self.words,
+            setting=self.setting,
+        )
 
 
 def _float_config(size: str) -> ModelConfig:
@@ -249,55 +216,3 @@ def _decoder_specs(
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _rows(
-    name: str, shape: tuple[int, ...], seed: int, make: Callable[[mx.array], mx.array]
-) -> mx.array:
-    """Return `make` of random uint32 of this shape, some rows at a time, evaluated."""
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-    first, stride = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
-    row = math.prod(shape[1:])
-    step = max(1, _CHUNK_ELEMENTS // row)
-    chunks = []
-    for start in range(0, shape[0], step):
-        rows = min(step, shape[0] - start)
-        begin = (first + start * row * (stride | 1)) % 2**32
-        words = mx.arange(rows * row, dtype=mx.uint32) * mx.array(stride | 1, dtype=mx.uint32)
-        words = _mixed(words + mx.array(begin, dtype=mx.uint32))
-        chunks.append(make(words.reshape(rows, *shape[1:])))
-        mx.eval(chunks[-1])
-    return mx.concatenate(chunks) if len(chunks) > 1 else chunks[0]
-
-
-def _mixed(words: mx.array) -> mx.array:
-    """Return pseudo-random uint32 of distinct ones: MurmurHash3's finalizer (A. Appleby)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        words = (words ^ (words >> shift)) * mx.array(factor, dtype=mx.uint32)
-    return words ^ (words >> 16)
-
-
-def _values(name: str, shape: tuple[int, ...], words: mx.array) -> mx.array:
-    """Return bfloat16 values of random words, as the first fitting rule has it."""
-    _, offset, amplitude, scaled = next(rule for rule in _RULES if rule[0].search(name))
-    if scaled:
-        amplitude /= math.sqrt(math.prod(shape[1:]))
-    # 24 bits less their middle are whole numbers that float32 holds exactly.
-    whole = (words >> 8).astype(mx.int32) - (1 << 23)
-    values = whole.astype(mx.float32) * (amplitude / (1 << 23))
-    if offset:
-        mx.eval(values)  # fused with the product, a sum is rounded once less on some devices
-        values = values + offset
-    return values.astype(_DTYPES[STORED_DTYPE])
-
-
-def _affine(setting: Setting, shape: tuple[int, ...]) -> dict[str, float]:
-    """Return one scale and bias for all groups: uniform codes then have the rule's variance.
-
-    `shape` is that of the scales. The scale is rounded to a power of two, with which the bias, half
-    the codes' range below zero, is exact in bfloat16.
-    """
-    variance = 1 / (shape[1] * setting.group_size)
-    step = math.sqrt(12 * variance / (4**setting.bits - 1))
-    scale = 2.0 ** round(math.log2(step))
-    return {"scales": scale, "biases": -scale * (2**setting.bits - 1) / 2}
