@@ -197,7 +197,8 @@ def measure(folder: Path, rounds: int, *, peer: bool) -> list[dict[str, Any]]:
     if peer:
         from benchmarks.peers.mlx_vlm_chat import MlxVlmChat
 
-        decoder = engine.pipeline.model.decoder.qwen2
+        weights = engine.pipeline.model.decoder.source_weights()
+        decoder = {name.removeprefix("qwen2."): array for name, array in weights.items()}
         theirs = MlxVlmChat(folder, max_tokens=MAX_TOKENS, decoder=decoder)
 
         def run() -> dict[str, Any]:

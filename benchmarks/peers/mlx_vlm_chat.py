@@ -46,9 +46,9 @@ class Turn:
 
 
 class MlxVlmChat:
-    """A chat in float32. `decoder` has the same values by our names and is shared, to save 2 GB."""
+    """A chat in float32. `decoder`, its weights by mlx-lm's names, is shared, to save 2 GB."""
 
-    def __init__(self, folder: Path, *, max_tokens: int, decoder: Any) -> None:
+    def __init__(self, folder: Path, *, max_tokens: int, decoder: dict[str, mx.array]) -> None:
         with redirect_stdout(StringIO()):
             self.chat = their_chat.MLXVisionChat(
                 str(folder), temperature=0.0, max_tokens=max_tokens, verbose=False
@@ -80,9 +80,8 @@ def _float32(array: mx.array) -> mx.array:
     return array if array.dtype == mx.float32 else array.astype(mx.float32)
 
 
-def _share(theirs: Any, ours: Any) -> None:
+def _share(theirs: Any, named: dict[str, mx.array]) -> None:
     """Put our float32 arrays in the place of their bfloat16 ones, if all of them are the same."""
-    named = dict(tree_flatten(ours.parameters()))
     for name, array in tree_flatten(theirs.parameters()):
         if not mx.array_equal(array.astype(mx.float32), named[name]):
             raise SystemExit(f"{name} is not the same array in both")

@@ -63,15 +63,17 @@ def load_model(
     dequantize: bool,
     paired_heads: bool = False,
     low_memory: bool = False,
+    fuse_decoder: bool = True,
     progress: Progress | None = None,
 ) -> FastVLM:
     """Read, fold and cast every weight; return the model, evaluated.
 
     A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
-    `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `progress` gets (bytes
-    read, bytes in all). Raises CheckpointMismatch for tensors that do not fit, CheckpointError for
-    a file that cannot be read and ConfigError for heads that cannot be paired.
+    `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `fuse_decoder=False` keeps
+    mlx-lm's layers as they are, to compare with. `progress` gets (bytes read, bytes in all).
+    Raises CheckpointMismatch for tensors that do not fit, CheckpointError for a file that cannot
+    be read and ConfigError for heads that cannot be paired.
     """
     model = FastVLM(checkpoint.config, dtype, paired_heads=paired_heads, low_memory=low_memory)
     weights = []
@@ -85,6 +87,10 @@ def load_model(
     if not dequantize:
         _make_quantized(model, checkpoint)
     model.load_weights(weights, strict=True)
+    del weights, array  # the decoder's old matrices must go as they are joined
+    if fuse_decoder:
+        with nothing_cached():
+            model.decoder.fuse()
     model.eval()
     return model
 

@@ -83,6 +83,7 @@ def _facts(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Facts:
         "head": "tied" if config.decoder.tied else "stored",
         "stop_ids": {str(i): tokenizer.token(i) for i in stop_ids},
         "quantization": _quantization(checkpoint),
+        "joined": _joined(checkpoint),
         "parts": {part: _part(checkpoint, part) for part in _PARTS},
         "stored_bytes": checkpoint.stored_bytes,
         "resident_bytes": _resident_bytes(checkpoint, dequantize=True),
@@ -141,6 +142,25 @@ def _quantization(checkpoint: Checkpoint) -> list[Facts]:
     ]
 
 
+def _joined(checkpoint: Checkpoint) -> Facts:
+    """Return in how many of the layers each group of matrices runs as one, if kept quantized."""
+    from fastvlm_mlx.model.fused_qwen2 import GROUPS
+
+    quant, packed = checkpoint.config.quant, set(checkpoint.quantized_paths)
+    layers = range(checkpoint.config.decoder.num_layers)
+    joined = {"layers": len(layers)}
+    for at, (name, parts) in GROUPS.items():
+        groups = (
+            [f"decoder.qwen2.model.layers.{layer}.{at}.{part}" for part in parts]
+            for layer in layers
+        )
+        joined[name] = sum(
+            len({quant.of(path) if quant and path in packed else None for path in paths}) == 1
+            for paths in groups
+        )
+    return joined
+
+
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     """Yield the lines people read, as (name, value)."""
     config = facts["config"]
@@ -174,6 +194,13 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
             yield "", line
     yield "", ""
     yield "quantization", "; ".join(map(_setting, facts["quantization"])) or "none"
+    layers, qkv, gate_up = facts["joined"].values()
+    if min(qkv, gate_up) < layers:
+        yield (
+            "joined",
+            f"q/k/v in {qkv} of {layers} layers, gate/up in {gate_up} of {layers}, "
+            "if kept quantized: the rest is packed differently",
+        )
     yield "stored", readable_bytes(facts["stored_bytes"])
     yield "in memory", _by_dtype(facts["resident_bytes"])
     if facts["quantization"]:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from fastvlm_mlx.config import DecoderConfig
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.model.fused_qwen2 import FusedBlock, source_weights
 from fastvlm_mlx.model.mlx_lm_parts import KVCache, Model, ModelArgs, QuantizedKVCache
 
 KVLayer: TypeAlias = KVCache | QuantizedKVCache
@@ -28,6 +29,7 @@ class Decoder(nn.Module):
     `dtype` is that of all activations. It is given, never read off a weight: an embedding table
     is uint32 once it is quantized, and a float32 picture would pull the whole decoder to float32.
     Weights live under `qwen2.` with mlx-lm's names; quantized layers may replace them in place.
+    `fuse` then joins what can be: `source_weights` has the old names still.
     """
 
     def __init__(self, config: DecoderConfig, *, dtype: mx.Dtype = mx.float32) -> None:
@@ -49,6 +51,24 @@ class Decoder(nn.Module):
                 tie_word_embeddings=config.tied,
             )
         )
+
+    def fuse(self, *, evaluate: bool = True) -> None:
+        """Join q, k, v and gate, up of every layer where they are packed alike; once is enough.
+
+        Layer by layer, each evaluated and its old matrices let go before the next; `evaluate=False`
+        leaves everything lazy, for weights that never will be. See `fused_qwen2.py`.
+        """
+        layers = self.qwen2.model.layers
+        for index, block in enumerate(layers):
+            if not isinstance(block, FusedBlock):
+                layers[index] = fused = FusedBlock(block)
+                del block  # it holds the old matrices
+                if evaluate:
+                    mx.eval(fused.parameters())
+
+    def source_weights(self) -> dict[str, mx.array]:
+        """Return every parameter by mlx-lm's names, fused or not; slices, which take no memory."""
+        return source_weights(self)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Token ids [B,n], any integer dtype, to embeddings [B,n,H] of `dtype`."""

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.fused_qwen2 import source_weights
 
 # Raised when the same weights come to compute something else: old caches are then not taken.
 _VERSION = 1
@@ -35,13 +35,14 @@ def fingerprint(model: FastVLM) -> str:
     Each parameter counts with its name, shape, dtype and all its bytes. They are summed as uint32
     words, modulo 2^32, in two weightings by pseudo-random odd numbers: one changed word always
     shows, two exchanged ones all but always. Only integers, so that order, threads and devices
-    change nothing. Temporary memory is some 40 MiB, and as much may stay in MLX's buffer cache.
+    change nothing; nor do matrices that were joined to compute faster. Temporary memory is some
+    40 MiB, and as much may stay in MLX's buffer cache.
     """
     config = model.config
     parts = (config.vision, config.projector, config.decoder, config.quant)
     head = [_VERSION, _spelled(model.dtype), [part.to_json() if part else None for part in parts]]
     state = hashlib.blake2b(json.dumps(head, sort_keys=True).encode(), digest_size=16)
-    parameters = sorted(tree_flatten(model.parameters()))
+    parameters = sorted(source_weights(model).items())
     longest = max((array.nbytes for _, array in parameters), default=0)
     weightings = _weightings(min(longest, _PIECE_BYTES) // 4 + 1)
     sums: list[mx.array] = []

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING
 from fastvlm_mlx.errors import BackendError
 
 if TYPE_CHECKING:
+    from mlx_lm.models.activations import swiglu
+    from mlx_lm.models.base import scaled_dot_product_attention as attend
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
     from mlx_lm.models.qwen2 import Model, ModelArgs
     from mlx_lm.sample_utils import (
@@ -41,7 +43,9 @@ __all__ = [
     "apply_min_p",
     "apply_top_k",
     "apply_top_p",
+    "attend",
     "make_logits_processors",
+    "swiglu",
 ]
 
 _MODULES = ("models.qwen2", "models.cache", "sample_utils")
@@ -77,6 +81,8 @@ def _plain_import() -> tuple[ModuleType, ...]:
 if not TYPE_CHECKING:
     _qwen2, _cache, _sample_utils = load_modules()
     Model, ModelArgs = _qwen2.Model, _qwen2.ModelArgs
+    # Taken from where Qwen2 itself takes them: the same objects, whichever way it was loaded.
+    attend, swiglu = _qwen2.scaled_dot_product_attention, _qwen2.swiglu
     KVCache, QuantizedKVCache = _cache.KVCache, _cache.QuantizedKVCache
     apply_min_p, apply_top_k = _sample_utils.apply_min_p, _sample_utils.apply_top_k
     apply_top_p = _sample_utils.apply_top_p

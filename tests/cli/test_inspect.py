@@ -17,6 +17,7 @@ import sources
 from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.model.fused_qwen2 import source_weights
 from tests.cli.command import COMMAND, DEMO, TESTS, Run, copy_of_demo
 
 
@@ -97,11 +98,11 @@ def test_quantization_is_told_by_setting_and_part(run: Run, folders: dict[str, P
     assert (setting["bits"], setting["group_size"], setting["mode"]) == (4, 64, "affine")
     assert set(setting["modules"]) == {"decoder", "projector"}
     engine = fv.load(folders["q4"], dtype="float32", keep_quantized=True)
-    weights = tree_flatten(engine.pipeline.model.parameters())
+    weights = source_weights(engine.pipeline.model)
     assert setting["modules"]["decoder"] == sum(
-        name.startswith("decoder.") and name.endswith(".scales") for name, _ in weights
+        name.startswith("decoder.") and name.endswith(".scales") for name in weights
     )
-    assert said["resident_bytes_quantized"]["float32"] == sum(a.nbytes for _, a in weights)
+    assert said["resident_bytes_quantized"]["float32"] == sum(a.nbytes for a in weights.values())
     text = run("inspect", folders["q4"]).out
     assert "4 bits, groups of 64, affine: 22 in decoder, 2 in projector" in text
     assert "kept quantized" in text

@@ -27,9 +27,11 @@ from mlx.utils import tree_flatten
 from sources import Source
 
 import fastvlm_mlx as fv
+from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.convert.pipeline import MakeRecipe, convert
 from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.model.fused_qwen2 import source_weights
 from fastvlm_mlx.quantize.recipes import group_of, make_recipe
 from fastvlm_mlx.quantize.side import weigh
 
@@ -110,7 +112,8 @@ def test_a_loaded_artifact_is_its_source_quantized_in_memory(tmp_path: Path, app
     convert(apple, tmp_path / "native")
     convert(tmp_path / "native", tmp_path / "packed", recipe=int4)
     loaded = fv.load(tmp_path / "packed", dtype="bfloat16", keep_quantized=True).pipeline.model
-    wanted = fv.load(apple, dtype="bfloat16").pipeline.model
+    floats = decide_tied(open_checkpoint(apple))
+    wanted = load_model(floats, mx.bfloat16, dequantize=False, fuse_decoder=False)
     recipe = int4(num_layers=wanted.config.decoder.num_layers)
 
     def setting(path: str, _: nn.Module) -> bool | dict[str, int | str]:
@@ -120,7 +123,7 @@ def test_a_loaded_artifact_is_its_source_quantized_in_memory(tmp_path: Path, app
         return {"bits": found.bits, "group_size": found.group_size, "mode": found.mode}
 
     nn.quantize(wanted, class_predicate=setting)
-    ours, theirs = (dict(tree_flatten(model.parameters())) for model in (loaded, wanted))
+    ours, theirs = source_weights(loaded), dict(tree_flatten(wanted.parameters()))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
     assert {a.dtype for name, a in ours.items() if name.endswith("q_proj.weight")} == {mx.uint32}
