@@ -162,12 +162,13 @@ def _rows(layer: nn.Module) -> int:
 def _added(residual: mx.array, x: mx.array, projection: nn.Module) -> mx.array:
     """Return residual + projection(x), in one kernel if the weights are plain numbers.
 
-    With more rows than one in the batch they are laid below each other: a BLAS gets one product.
+    Rows are laid below each other. Of a batch a BLAS then gets one product; and one position of
+    `swiglu` keeps the stride of the joined row it came from, for which Metal's products copy it
+    first, until a reshape, which is free, gives it its own.
     """
-    if type(projection) is not nn.Linear or "bias" in projection:
-        return residual + projection(x)
-    if x.shape[0] == 1:
-        return mx.addmm(residual, x, projection["weight"].T)
     shape = residual.shape
+    x = x.reshape(-1, x.shape[-1])
+    if type(projection) is not nn.Linear or "bias" in projection:
+        return residual + projection(x).reshape(shape)
     rows = residual.reshape(-1, shape[-1])
-    return mx.addmm(rows, x.reshape(-1, x.shape[-1]), projection["weight"].T).reshape(shape)
+    return mx.addmm(rows, x, projection["weight"].T).reshape(shape)
