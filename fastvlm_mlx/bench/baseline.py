@@ -4,8 +4,9 @@ Knows two reports. Refuses to compare different machines, models or inputs: what
 difference mean? What reads files is left out where the file cache was not in the same state.
 
 The rule: a figure is worse if its median is worse than the baseline's by more than the tolerance,
-and lies outside the baseline's own noise: beyond its p90 (for a speed: below its 10th percentile).
-Memory has a tolerance of its own, since it does not vary with load.
+and the noise of both says so too: the median lies beyond the baseline's p90 (of a speed: below its
+10th percentile), and nine of ten of the new runs are worse than the baseline's median. Memory has a
+tolerance of its own, since it does not vary with load.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fastvlm_mlx.bench.figures import label_of, metric_of, shown, slow_tail, worse_by
+from fastvlm_mlx.bench.figures import fast_tail, label_of, metric_of, shown, slow_tail, worse_by
 from fastvlm_mlx.bench.results import Report, Series
 from fastvlm_mlx.errors import FastVLMError
 
@@ -43,7 +44,8 @@ class Regression:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What a check found: how many figures were compared, which got worse, which are missing."""
+    """What a check found: how many figures were compared, which got worse, which were not
+    compared and why."""
 
     compared: int
     regressions: tuple[Regression, ...]
@@ -59,15 +61,15 @@ def check(
 ) -> Checked:
     """Compare figures by the names of case and metric.
 
-    A tolerance is a share: 0.1 allows a tenth worse. `missing` names what the baseline has and
-    `report` has not. Raises FastVLMError, one line, if the two cannot be compared: another
+    A tolerance is a share: 0.1 allows a tenth worse. `missing` names what of the baseline was not
+    compared. Raises FastVLMError, one line, if the two cannot be compared: another
     machine, model, input or prompt length, or nothing in common.
     """
     require_comparable(report, baseline)
     now, before = _figures(report), _figures(baseline)
-    if report.settings.file_cache != baseline.settings.file_cache:
-        now = {name: series for name, series in now.items() if not name[1].startswith(_FILE_CACHE)}
-    names = [name for name in before if name in now]
+    states = (report.settings.file_cache, baseline.settings.file_cache)
+    apart = [] if states[0] == states[1] else [n for n in now if n[1].startswith(_FILE_CACHE)]
+    names = [name for name in before if name in now and name not in apart]
     if not names:
         raise FastVLMError(
             "this run and the baseline have no case in common: give the baseline's --resolution, "
@@ -79,13 +81,20 @@ def check(
         better = metric_of(metric, mine).better
         worse = worse_by(mine.median, other.median, better)
         allowed = memory_tolerance if mine.unit == "bytes" else tolerance
-        beyond_noise = worse_by(mine.median, slow_tail(other, better), better) > 1
+        beyond_noise = (
+            worse_by(mine.median, slow_tail(other, better), better) > 1
+            and worse_by(fast_tail(mine, better), other.median, better) > 1
+        )
         if worse > 1 + allowed and beyond_noise:
             regressions.append(
                 Regression(case=case, metric=metric, now=mine, before=other, worse=worse)
             )
-    missing = tuple(_missing(before, now))
-    return Checked(compared=len(names), regressions=tuple(regressions), missing=missing)
+    missing = [*_missing(before, now)] + [
+        f"{case}: {label_of(metric)} (the file cache was {states[1]} then, {states[0]} now)"
+        for case, metric in apart
+        if (case, metric) in before
+    ]
+    return Checked(compared=len(names), regressions=tuple(regressions), missing=tuple(missing))
 
 
 def require_comparable(report: Report, baseline: Report) -> None:
@@ -141,7 +150,7 @@ def _missing(
     """Name whole cases that this run has not, and single figures of those it has."""
     cases = {case for case, _ in now}
     for case in dict.fromkeys(case for case, _ in before if case not in cases):
-        yield case
+        yield f"{case} (not measured now)"
     for case, metric in before:
         if case in cases and (case, metric) not in now:
-            yield f"{case}: {label_of(metric)}"
+            yield f"{case}: {label_of(metric)} (not measured now)"

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: the options of a model and of an answer, and what they mean.
+"""What `generate`, `chat`, `bench` share: options of a model and an answer, and what they mean.
 
 Imports nothing heavy before a model is loaded.
 """
@@ -146,12 +146,13 @@ def load_engine(
     say: Callable[[str], None],
     progress: Callable[[int, int, str], None],
     on_config: Callable[[ModelConfig], None] | None = None,
+    **more: Any,
 ) -> Engine:
-    """Load a model as a command line says. Raises a FastVLMError."""
+    """Load a model as a command line says; `load` gets `more` too. Raises a FastVLMError."""
     from fastvlm_mlx.engine import load
 
     names = ("dtype", "device", "memory_limit", "vision_from", "keep_quantized")
-    options = {name: given[name] for name in names}
+    options = {name: given[name] for name in names} | more
     engine = load(model, say=say, progress=progress, on_config=on_config, **options)
     log.info(
         "%s: %s layout, computing in %s",

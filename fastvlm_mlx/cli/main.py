@@ -31,6 +31,7 @@ _COMMANDS = (
     "generate",
     "chat",
     "preview",
+    "bench",
     "inspect",
     "convert",
     "quantize",

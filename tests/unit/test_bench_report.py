@@ -22,7 +22,7 @@ def test_the_table_names_machine_model_runs_and_every_figure() -> None:
     for words in (
         "Apple M9 Example", "8 CPU cores", "10 GPU cores", "16 GB RAM", "macOS 26.2", "on battery",
         "MLX 0.32.4", "load 1.25", "random weights", "758.8 M parameters", "16 bits", "bfloat16",
-        "fingerprint 01234567", "10 counted, 2 before them left out", "file cache warm",
+        "fingerprint 01234567", "10 counted, 2 before them left out",
         "picture 512 a1b2c3d4", "prompt of 90 tokens, 64 of them the pictures'",
     ):  # fmt: skip
         assert words in text, words
@@ -165,3 +165,8 @@ def test_a_comparison_says_what_was_not_the_same() -> None:
     assert "theirs has no such case" in text
     (ttft,) = lines_of(text, "TTFT  ")
     assert ttft.split() == ["TTFT", "94.1", "ms", "188", "ms", "0.50", "10"]
+
+
+def test_the_file_caches_state_is_said_of_weights_that_were_read() -> None:
+    assert "file cache cold" in table(made_report(synthetic=False, file_cache="cold"))
+    assert "file cache" not in table(made_report(synthetic=True))

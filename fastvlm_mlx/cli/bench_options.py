@@ -1,0 +1,149 @@
+"""The options of `fastvlm bench`, and values as people write them: `256,512`, `short,long`.
+
+Knows click and what goes with what. Imports nothing heavy before a value is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fastvlm_mlx.cli.options import Resolution, option
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+SWEEPS: dict[str, tuple[Any, ...]] = {
+    "resolution": (256, 512, 768, 1024, 1536),
+    "prompt": ("short", "medium", "long"),
+    "images": (1, 2, 4),
+    "quantization": (16, 8, 4),
+}
+"""What `--sweep` varies, and over which values unless they are given."""
+SIZES = ("0.5b", "1.5b", "7b", "demo")
+BITS = (16, 8, 4)
+MLX_VLM = "mlx-vlm"
+
+
+class Several(click.ParamType):
+    """Values of one type with commas between them, each once."""
+
+    def __init__(self, kind: click.ParamType, name: str) -> None:
+        self.kind = kind
+        self.name = name
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        if isinstance(value, tuple):
+            return value
+        found = [self.kind.convert(word.strip(), param, ctx) for word in value.split(",")]
+        return tuple(dict.fromkeys(found))
+
+
+class Prompt(click.ParamType):
+    """A pinned prompt's name, or how many words it is to have."""
+
+    name = "prompt"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from fastvlm_mlx.bench.inputs import prompt_text
+        from fastvlm_mlx.errors import FastVLMError
+
+        try:
+            prompt_text(value)
+        except FastVLMError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+_OPTIONS = (
+    option("Model", "--size", type=click.Choice(SIZES),
+           help="Instead of --model: random weights of this size, made in memory."),
+    option("Model", "--bits", type=click.Choice([str(bits) for bits in BITS]),
+           help="With --size: bits a decoder weight.  [default: 16]"),
+    option("Model", "--seed", type=int, default=0, show_default=True,
+           help="With --size: which random weights."),
+    option("Model", "--paired-heads", is_flag=True,
+           help="Two attention heads of the tower share a key of twice the width."),
+    option("Model", "--low-memory", is_flag=True,
+           help="Run the tower step by step, in far less memory."),
+    option("Work", "--resolution", type=Several(Resolution(), "pixels"), metavar="PIXELS,…",
+           help="Sides of the pictures, multiples of 64.  [default: the model's]"),
+    option("Work", "--prompt", type=Several(Prompt(), "prompts"), metavar="NAME,…",
+           help='Pinned prompts: short, medium, long or "N words".  [default: short]'),
+    option("Work", "--images", type=Several(click.IntRange(1, 64), "numbers"), metavar="N,…",
+           help="How many pictures.  [default: 1]"),
+    option("Work", "--max-tokens", type=click.IntRange(min=1), metavar="N", default=64,
+           show_default=True, help="Length of the answer, which nothing else ends."),
+    option("Work", "--photo", is_flag=True,
+           help="Give every picture as a 12-megapixel JPEG, as a phone takes it."),
+    option("Work", "--sweep", type=click.Choice(list(SWEEPS)),
+           help="Measure over many values: " + "; ".join(
+               f"{name} {', '.join(map(str, values))}" for name, values in SWEEPS.items()) + "."),
+    option("Runs", "--runs", type=click.IntRange(min=1), metavar="N", default=10,
+           show_default=True, help="How often each case is measured."),
+    option("Runs", "--warm-up", type=click.IntRange(min=0), metavar="N", default=2,
+           show_default=True, help="How often before that, left out."),
+    option("Runs", "--cold", type=click.IntRange(min=1), metavar="N",
+           help="Also start so many fresh processes and time each to its first token."),
+    option("Compare", "--compare", metavar="mlx-vlm|FILE",
+           help="The same work in mlx-vlm, in turn with ours; or the ratios to a saved result."),
+    option("Compare", "--peer-python", metavar="PATH", type=click.Path(path_type=Path),
+           help="The Python that has mlx-vlm.  [default: this one]"),
+    option("Compare", "--check", metavar="FILE",
+           help="Exit with 1 if a figure is worse than in this saved result."),
+    option("Compare", "--tolerance", metavar="SHARE", type=click.FloatRange(min=0),
+           help="With --check: how much worse is allowed, beyond noise.  [default: 0.1]"),
+    option("Output", "--json", "as_json", is_flag=True,
+           help="Print one JSON object instead of the table."),
+    option("Output", "--save", metavar="FILE",
+           help="Write that object to a file, for --check and --compare."),
+    option("Output", "--csv", metavar="FILE", help="Write a line a case and figure."),
+    option("Output", "--plots", metavar="FOLDER",
+           help="Write PNGs: stages of TTFT, latency against resolution, the comparison."),
+)  # fmt: skip
+
+
+def bench_options(function: _Function) -> _Function:
+    """Add all options but the model's shared ones."""
+    for add in reversed(_OPTIONS):
+        function = add(function)
+    return function
+
+
+def require_sense(context: click.Context) -> None:
+    """Raise click.UsageError for options that do not go together, before anything is done."""
+    given = context.params
+    for message in _nonsense(context):
+        raise click.UsageError(message, context)
+    written = [Path(given[name]).resolve() for name in ("save", "csv") if given[name] is not None]
+    if len(written) > len(set(written)):
+        raise click.UsageError("--save and --csv name the same file", context)
+    if given["check"] is not None and Path(given["check"]).resolve() in written:
+        raise click.UsageError("--save would replace the baseline that --check reads", context)
+
+
+def _nonsense(context: click.Context) -> Iterator[str]:
+    """Yield what is wrong with the options as given."""
+    given = context.params
+    chosen = context.get_parameter_source("model") == click.core.ParameterSource.COMMANDLINE
+    if given["size"] is None:
+        if given["bits"] is not None:
+            yield "--bits needs --size: a model's own bits are in its files"
+        if given["sweep"] == "quantization":
+            yield "--sweep quantization needs --size: it makes the weights itself"
+    elif chosen or given["vision_from"] is not None:
+        yield f"--size makes weights itself: leave out {'--model' if chosen else '--vision-from'}"
+    if given["sweep"] == "quantization":
+        for other in ("bits", "check", "compare", "csv"):
+            if given[other] is not None:
+                yield f"--sweep quantization measures several models: leave out --{other}"
+    if given["compare"] == "":
+        yield "--compare needs mlx-vlm or a saved result"
+    if given["peer_python"] is not None and given["compare"] != MLX_VLM:
+        yield f"--peer-python needs --compare {MLX_VLM}"
+    if given["tolerance"] is not None and given["check"] is None:
+        yield "--tolerance needs --check"
