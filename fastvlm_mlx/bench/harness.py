@@ -25,6 +25,7 @@ from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.events import Generation, Stats
 from fastvlm_mlx.generate.cache import FeatureCache
 from fastvlm_mlx.generate.session import collect
+from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 
 FIRST_ANSWER_TOKENS = 16
 """Length of the first turn's answer where the second turn is measured."""
@@ -94,10 +95,11 @@ class OurRuntime:
     def prepare(self, case: Case) -> None:
         """Make the case's files. Raises ConfigError for a resolution off the model's grid, and
         FastVLMError for a case beyond its context."""
-        vision = self.engine.config.vision
-        image_tokens = case.images * vision.tokens(case.resolution, case.resolution)
-        text = self.engine.pipeline.processor.tokenizer.encode(prompt_text(case.prompt))
-        needed = image_tokens + len(text) + case.max_tokens
+        asked = user_message(prompt_text(case.prompt), case.images)
+        prompt = self.engine.pipeline.processor.prompt(
+            [Message("system", (DEFAULT_SYSTEM,)), asked]
+        )
+        needed = image_tokens(self.engine, case) + len(prompt.text_ids) + case.max_tokens
         limit = self.engine.config.decoder.max_positions
         if needed > limit:
             raise FastVLMError(

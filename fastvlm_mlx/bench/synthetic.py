@@ -70,7 +70,7 @@ def synthetic_engine(
 
     Device, dtype, how the tower runs and what a CPU does with packed weights are `load`'s. No token
     ends an answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture
-    goes through the tower. Raises FastVLMError for another size, MemoryLimitError if it does not fit.
+    goes through the tower. Raises FastVLMError for another size, MemoryLimitError if it is too big.
     """
     on_cpu = select_device(device).type == mx.DeviceType.cpu
     name = dtype or ("float32" if on_cpu else "bfloat16")
