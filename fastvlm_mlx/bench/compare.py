@@ -1,0 +1,274 @@
+"""The same work in several runtimes: same weights, files, ids, dtype; in turn, or beside a file.
+
+Knows what must be the same for a ratio to mean anything, and what was not. Each runtime has its own
+process and computes only while the others wait (`turns.py`). Knows no runtime and no table
+(`ratios.py` has that).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx.bench.files import read_report
+from fastvlm_mlx.bench.harness import Say, Tally
+from fastvlm_mlx.bench.inputs import input_files
+from fastvlm_mlx.bench.peer import PICTURE_ID
+from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime, Weights
+from fastvlm_mlx.bench.ratios import ratio
+from fastvlm_mlx.bench.results import (
+    METRICS,
+    Case,
+    CaseResult,
+    MachineCard,
+    ModelCard,
+    Report,
+    Series,
+    Settings,
+    Unit,
+)
+from fastvlm_mlx.bench.turns import Dropped, Plan, Turns, start_in_turn
+from fastvlm_mlx.errors import FastVLMError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is compared on: the weights, and what a report calls them (`results.ModelCard`)."""
+
+    weights: Weights
+    name: str
+    synthetic: bool
+    quantization: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Reports of the same work, ours first, and whether it was the same in all.
+
+    `agreement` has lines to print about each other runtime, by its report's name. `interleaved`:
+    the n-th measurements of all were neighbours, so ratios are taken round by round.
+    """
+
+    reports: tuple[Report, ...]
+    agreement: dict[str, tuple[str, ...]]
+    interleaved: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one JSON object: reports whole, ratios of ours to each other one, agreement."""
+        ours, *others = self.reports
+        return {
+            "interleaved": self.interleaved,
+            "reports": [report.to_json() for report in self.reports],
+            "ratios": {
+                other.runtime: ratios_json(ours, other, interleaved=self.interleaved)
+                for other in others
+            },
+            "agreement": {name: list(lines) for name, lines in self.agreement.items()},
+        }
+
+
+def compare(
+    contenders: Sequence[Contender],
+    subject: Subject,
+    cases: Sequence[Case],
+    plan: Plan,
+    *,
+    command: str = "",
+    say: Say = lambda _: None,
+    dropped: Dropped | None = None,
+) -> Comparison:
+    """Start every contender, ours first in the list, and measure every case in all of them in turn.
+
+    Who fails ends the comparison, unless `dropped` is given, which then hears of it while the
+    others go on; ours is never dropped. Raises FastVLMError, one line, and leaves no process.
+    """
+    if not cases or plan.rounds < 1:
+        raise FastVLMError("nothing is compared: give at least one case and one round")
+    with input_files(photo=plan.photo) as files, ExitStack() as running:
+        runtimes: list[PeerRuntime] = []
+        for contender in contenders:
+            say(f"loading {contender.name}")
+            try:
+                runtime = PeerRuntime(contender, subject.weights, files, patience_s=plan.patience_s)
+            except FastVLMError as error:
+                if dropped is None or not runtimes:
+                    raise
+                dropped(contender.name, error)
+                continue
+            running.callback(runtime.close)
+            runtimes.append(runtime)
+        turns = Turns.among(runtimes, cases, plan, say=say, dropped=dropped)
+        turns.take()
+        running.close()
+        measured = [runtime for runtime in runtimes if turns.beyond[runtime.name][0]]
+        names = [runtime.name for runtime in measured]
+        cold = start_in_turn(
+            [contender for contender in contenders if contender.name in names],
+            subject.weights,
+            plan.cold or cases[0],
+            files,
+            plan,
+            say=say,
+            dropped=dropped,
+        )
+        settings = Settings(
+            runs=plan.rounds,
+            warm_up_runs=plan.warm_up_runs,
+            seed=subject.seed,
+            file_cache="warm",  # all but the first load what another one has just read
+            inputs=files.digests(cases),
+        )
+        reports = [
+            dataclasses.replace(
+                _card(runtime, runtimes[0], subject, settings, command),
+                cases=_results(turns, runtime),
+                once=_once(runtime) | _series(cold[runtime.name]),
+            )
+            for runtime in measured
+        ]
+    agreement = {
+        report.runtime: agreed(runtimes[0], runtime, turns)
+        for report, runtime in zip(reports[1:], measured[1:], strict=True)
+    }
+    return Comparison(tuple(reports), agreement, interleaved=True)
+
+
+def agreed(ours: PeerRuntime, theirs: PeerRuntime, turns: Turns) -> tuple[str, ...]:
+    """Return lines, three a case: whether prompt, pixels and answer were the same in both."""
+    lines = []
+    for mine, other in zip(turns.tallies[ours.name], turns.tallies[theirs.name], strict=True):
+        one, two = ours.shown[mine.case], theirs.shown[mine.case]
+        pairs = enumerate(zip_longest(one["pixels"], two["pixels"]), 1)
+        apart = ", ".join(str(number) for number, (a, b) in pairs if a != b)
+        lines += [
+            f"{mine.case.name}: {same}"
+            for same in (
+                same_ids("prompt", one["prompt_ids"], two["prompt_ids"]),
+                f"other pixels in picture {apart}" if apart else "same pixels",
+                same_ids("answer", mine.token_ids, other.token_ids),
+            )
+        ]
+    return tuple(lines)
+
+
+def same_ids(what: str, ours: Sequence[int], theirs: Sequence[int]) -> str:
+    """Return a line that says that two lists of ids are equal, or where they part."""
+    for place, (a, b) in enumerate(zip_longest(ours, theirs), 1):
+        if a != b:
+            one, two = (
+                "none" if i is None else "a picture" if i == PICTURE_ID else str(i) for i in (a, b)
+            )
+            return f"{what} parts at id {place} of {len(ours)}: {one} in ours, {two} in theirs"
+    return f"same {what}, {len(ours)} ids"
+
+
+def compare_with_file(ours: Report, path: Path) -> Comparison:
+    """Put an earlier result beside ours. Its ratios also have in them what changed meanwhile.
+
+    Raises FastVLMError, one line, unless it is the same cases of the same model in the same dtype.
+    """
+    theirs = read_report(path)
+    facts = {
+        "model": (ours.model.name, theirs.model.name),
+        "dtype": (ours.model.dtype, theirs.model.dtype),
+        "quantization": (ours.model.quantization, theirs.model.quantization),
+        "weights' fingerprint": (ours.model.fingerprint, theirs.model.fingerprint),
+    }
+    for name in ours.settings.inputs.keys() & theirs.settings.inputs.keys():
+        facts[name] = (ours.settings.inputs[name], theirs.settings.inputs[name])
+    for what, (one, two) in facts.items():
+        if one != two:
+            raise FastVLMError(
+                f"{path} cannot be compared: its {what} is {two or 'unknown'}, not {one}"
+            )
+    there = {result.case for result in theirs.cases}
+    missing = [result.case.name for result in ours.cases if result.case not in there]
+    if missing:
+        raise FastVLMError(f"{path} cannot be compared: it has no case {missing[0]!r}")
+    return Comparison((ours, theirs), {}, interleaved=False)
+
+
+def ratios_json(ours: Report, theirs: Report, *, interleaved: bool) -> dict[str, Any]:
+    """Return ours / theirs of every figure both have, by case's name; "once" is one of them."""
+
+    def of(mine: dict[str, Series], other: dict[str, Series]) -> dict[str, Any]:
+        pairs = {
+            name: ratio(mine[name], other[name], interleaved=interleaved)
+            for name in mine
+            if name in other
+        }
+        return {name: dataclasses.asdict(found) for name, found in pairs.items() if found}
+
+    cases = {result.case: result.series for result in theirs.cases}
+    return {"once": of(ours.once, theirs.once)} | {
+        result.case.name: of(result.series, cases[result.case])
+        for result in ours.cases
+        if result.case in cases
+    }
+
+
+def _card(
+    runtime: PeerRuntime, ours: PeerRuntime, subject: Subject, settings: Settings, command: str
+) -> Report:
+    """Return a report without figures; what a runtime cannot say is what ours says of the same."""
+    mine, theirs = ours.about, runtime.about
+    versions = theirs["versions"]
+    machine = MachineCard(**mine["machine"])
+    if not theirs["machine"]:
+        changed = {"python": versions["python"], "mlx": versions.get("mlx", "")}
+        machine = dataclasses.replace(machine, **changed)
+    return Report(
+        runtime=theirs["name"],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=machine,
+        model=ModelCard(
+            name=subject.name,
+            synthetic=subject.synthetic,
+            parameters=theirs["parameters"] or mine["parameters"],
+            weight_bytes=theirs["weight_bytes"],
+            dtype=subject.weights.dtype,
+            quantization=subject.quantization,
+            fingerprint=theirs["fingerprint"] or mine["fingerprint"],
+        ),
+        settings=settings,
+        cases=(),
+    )
+
+
+def _results(turns: Turns, runtime: PeerRuntime) -> tuple[CaseResult, ...]:
+    """Return a runtime's cases, those of them that were measured."""
+    return tuple(
+        _result(tally, beyond)
+        for tally, beyond in zip(
+            turns.tallies[runtime.name], turns.beyond[runtime.name], strict=True
+        )
+        if beyond
+    )
+
+
+def _result(tally: Tally, beyond: dict[str, list[float]]) -> CaseResult:
+    case = tally.case
+    result = tally.result(case.images * (case.resolution // 64) ** 2)
+    return dataclasses.replace(result, series=result.series | _series(beyond))
+
+
+def _once(runtime: PeerRuntime) -> dict[str, Series]:
+    """Return how long it took until the weights were there in the dtype that all compute in."""
+    return _series({"load_ms": [runtime.loaded["load_ms"] + runtime.loaded["cast_ms"]]})
+
+
+def _series(figures: dict[str, list[float]]) -> dict[str, Series]:
+    def unit(name: str) -> Unit:
+        if name in METRICS:
+            return METRICS[name].unit
+        return "bytes" if name.endswith("_bytes") else "ms"
+
+    return {name: Series(unit(name), tuple(values)) for name, values in figures.items()}
