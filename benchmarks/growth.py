@@ -1,0 +1,202 @@
+"""How cost grows: vision with pixels, prefill with tokens, decode with context, memory with each.
+
+    python -m benchmarks.growth                            0.5B, 256 to 1024 px: about 5 minutes
+    python -m benchmarks.growth --size demo                a quick look
+    python -m benchmarks.growth --save benchmarks/results  growth.json, growth.csv and growth.png
+
+Synthetic weights of real size; run on a quiet machine. Each size is measured in turn, round after
+round, and its fastest round counts, since other work only ever adds. It is fitted by the terms of
+the cost's formula: vision and prefill constant, linear and square (attention), decode constant
+(weights) and linear (KV cache). Beside each point are the operations and bytes of the formula
+(`fastvlm_mlx/bench/costs.py`, which the tests hold equal to the traced graph). "worse" is the time
+an operation takes at the largest size over the least it took at any: far above 1, time grew faster
+than the formula. A byte in place of an operation for decode, which reads more than it computes.
+Memory is what MLX held at most beyond the weights, and for the KV cache what it holds. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fastvlm_mlx  # noqa: F401  (OpenBLAS before mlx.core)
+
+# isort: split
+from benchmarks.growth_fit import Fit, fit
+from benchmarks.growth_points import (
+    DECODE_STEPS,
+    Point,
+    measure_decode,
+    measure_prefill,
+    measure_vision,
+)
+from fastvlm_mlx.bench.costs import Storage
+from fastvlm_mlx.bench.machine import machine_card
+from fastvlm_mlx.bench.synthetic import SIZES, synthetic_engine
+from fastvlm_mlx.config import DecoderConfig
+from fastvlm_mlx.model.fastvlm import FastVLM
+
+SIDES = (256, 384, 512, 640, 768, 1024)
+TOKENS = (32, 64, 128, 256, 512, 1024)
+# 16 short of where mlx-lm's buffers grow, by a copy, so that no measured step does.
+CONTEXTS = (240, 496, 1008, 2032, 4080)
+TERMS = {
+    "vision": ("constant", "linear", "square"),
+    "prefill": ("constant", "linear", "square"),
+    "decode": ("constant", "linear"),
+}
+UNITS = {"vision": "pixels", "prefill": "tokens", "decode": "positions in the KV cache"}
+
+
+def merge(rounds: Sequence[Sequence[Point]]) -> list[Point]:
+    """Join the rounds' points of each size."""
+    merged = list(rounds[0])
+    for later in rounds[1:]:
+        for point, other in zip(merged, later, strict=True):
+            point.ms += other.ms
+            point.cpu_ms += other.cpu_ms
+            point.peak_bytes = max(point.peak_bytes, other.peak_bytes)
+    return merged
+
+
+def worse(points: Sequence[Point]) -> float:
+    """Time an operation (decode: a byte) takes at the largest size, over the least it took."""
+    units = [point.moved_bytes if point.kind == "decode" else point.flops for point in points]
+    each = [point.best_ms / unit for point, unit in zip(points, units, strict=True)]
+    return each[-1] / min(each)
+
+
+def fitted(points: Sequence[Point]) -> Fit:
+    """Fit a kind's points by its formula's terms."""
+    xs = [float(point.x) for point in points]
+    return fit(xs, [point.best_ms for point in points], TERMS[points[0].kind])
+
+
+def summary(points: Sequence[Point]) -> dict[str, Any]:
+    """What is reported of one kind."""
+    found = fitted(points)
+    return {
+        "unit": UNITS[points[0].kind],
+        "points": [asdict(p) | {"best_ms": p.best_ms, "fit_ms": found.at(p.x)} for p in points],
+        "fit_ms": dict(found.coefficients),
+        "shares_at_the_largest": found.shares(points[-1].x),
+        "worst_residual": found.worst_residual,
+        "worse": worse(points),
+    }
+
+
+def lines(kinds: dict[str, list[Point]]) -> Iterator[str]:
+    """Yield the table."""
+    for kind, points in kinds.items():
+        found = fitted(points)
+        terms = " + ".join(f"{v:.3g} {n}" for n, v in found.coefficients.items() if v)
+        yield f"{kind}, ms against {UNITS[kind]}: {terms}"
+        yield f"  worst residual {found.worst_residual:.0%}, worse {worse(points):.2f}"
+        yield f"  {'size':>9}{'ms':>10}{'fit':>10}{'GF':>9}{'GF/s':>8}{'MB':>9}{'peak MB':>9}"
+        for point in points:
+            rate = point.flops / point.best_ms / 1e6
+            yield (
+                f"  {point.x:>9}{point.best_ms:>10.1f}{found.at(point.x):>10.1f}"
+                f"{point.flops / 1e9:>9.2f}{rate:>8.1f}{point.moved_bytes / 1e6:>9.1f}"
+                f"{point.peak_bytes / 1e6:>9.1f}"
+            )
+
+
+def rows(kinds: dict[str, list[Point]]) -> str:
+    """Every point as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ["flops", "moved_bytes", "peak_bytes", "held_bytes", "bound_bytes"]
+    writer.writerow(["kind", "x", "unit", "best_ms", "fit_ms", "best_cpu_ms", *names])
+    for kind, points in kinds.items():
+        found = fitted(points)
+        for point in points:
+            cpu = min(point.cpu_ms)
+            times = [f"{value:.3f}" for value in (point.best_ms, found.at(point.x), cpu)]
+            values = ["" if (v := getattr(point, n)) is None else v for n in names]
+            writer.writerow([kind, point.x, UNITS[kind], *times, *values])
+    return out.getvalue()
+
+
+def storage_of(model: FastVLM) -> Storage:
+    """How a loaded float model lies in memory."""
+    return Storage(dtype=str(model.dtype).rpartition(".")[2])  # type: ignore[arg-type]
+
+
+def fitting(contexts: Sequence[int], config: DecoderConfig) -> list[int]:
+    """The sizes that the decoder's positions leave room for."""
+    return [size for size in contexts if size + DECODE_STEPS <= config.max_positions]
+
+
+def measure(model: FastVLM, options: argparse.Namespace) -> dict[str, list[Point]]:
+    """Warm up at the smallest of each, then go round."""
+    storage, config = storage_of(model), model.decoder.config
+    lengths, contexts = fitting(options.tokens, config), fitting(options.contexts, config)
+    kinds: dict[str, Callable[[int], Iterator[Point]]] = {
+        "vision": lambda n: measure_vision(model, storage, options.sides[:n]),
+        "prefill": lambda n: measure_prefill(model, storage, lengths[:n]),
+        "decode": lambda n: measure_decode(model, storage, contexts[:n]),
+    }
+    for run in kinds.values():
+        list(run(1))
+    everything = max(len(options.sides), len(lengths), len(contexts))
+    rounds: dict[str, list[list[Point]]] = {kind: [] for kind in kinds}
+    for number in range(options.rounds):
+        for kind, run in kinds.items():
+            print(f"round {number + 1} of {options.rounds}: {kind}", flush=True)
+            rounds[kind].append(list(run(everything)))
+    return {kind: merge(found) for kind, found in rounds.items()}
+
+
+def numbers(text: str) -> list[int]:
+    return sorted(int(part) for part in text.split(","))
+
+
+def main() -> None:
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--device", choices=("cpu", "gpu"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", type=numbers, default=list(SIDES), help="pixels, of 64 each")
+    parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
+    parser.add_argument("--contexts", type=numbers, default=list(CONTEXTS))
+    parser.add_argument("--low-memory", action="store_true", help="the tower, step by step")
+    parser.add_argument("--save", type=Path, metavar="FOLDER")
+    options = parser.parse_args()
+    engine = synthetic_engine(options.size, device=options.device, dtype=options.dtype)
+    model = engine.pipeline.model
+    model.vision.low_memory = options.low_memory
+    since = time.perf_counter()
+    kinds = measure(model, options)
+    result: dict[str, Any] = {
+        "model": engine.pipeline.name,
+        "dtype": storage_of(model).dtype,
+        "low_memory": options.low_memory,
+        "rounds": options.rounds,
+        "seconds": round(time.perf_counter() - since, 1),
+        "machine": asdict(machine_card()),
+        **{kind: summary(points) for kind, points in kinds.items()},
+    }
+    print("\n".join(lines(kinds)))
+    if options.save:
+        from benchmarks import growth_plot
+
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.save / "growth.csv").write_text(rows(kinds))
+        (options.save / "growth.png").write_bytes(growth_plot.draw(result))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

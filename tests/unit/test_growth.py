@@ -1,0 +1,189 @@
+"""How cost grows: counts and bytes beside their formulas, the fit on known numbers; no clock."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+from dataclasses import asdict
+
+import mlx.core as mx
+import pytest
+
+from benchmarks import growth, growth_plot
+from benchmarks.graph_trace import trace
+from benchmarks.growth_fit import fit
+from benchmarks.growth_points import (
+    Point,
+    filled_cache,
+    grown,
+    kv_bytes,
+    measure_decode,
+    measure_prefill,
+    measure_vision,
+    prefill_bound,
+    tower_bound,
+)
+from fastvlm_mlx.bench.costs import Storage
+from fastvlm_mlx.bench.machine import machine_card
+from fastvlm_mlx.bench.synthetic import synthetic_engine
+from fastvlm_mlx.config import PRESETS, DecoderConfig, VisionConfig
+from fastvlm_mlx.generate.loop import prefill
+from fastvlm_mlx.model.decoder import Decoder
+from fastvlm_mlx.model.fastvlm import FastVLM
+from tests.unit.test_bench_limits import traced_flops
+
+FLOAT32 = Storage(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def model() -> FastVLM:
+    return synthetic_engine("demo", device="cpu").pipeline.model
+
+
+# Counts: nothing is worse than its formula
+
+
+def test_what_is_measured_computes_what_its_formula_says(model: FastVLM) -> None:
+    """Points carry the formula's counts; the graph that is timed must have the same."""
+    decoder = model.decoder
+    (point,) = measure_prefill(model, FLOAT32, [48])
+    embeddings = mx.zeros((1, 48, decoder.config.hidden_size))
+    done = traced_flops(trace(lambda x: prefill(decoder, x, decoder.make_cache()), embeddings))
+    masked = 4 * decoder.config.hidden_size * decoder.config.num_layers * 48 * 47 // 2
+    assert done - masked == point.flops
+    (point,) = measure_vision(model, FLOAT32, [128])
+    pixels = mx.zeros((1, 128, 128, 3), dtype=mx.uint8)
+    assert traced_flops(trace(model.vision, pixels)) == point.flops
+
+
+def test_the_kv_cache_holds_its_formulas_bytes_and_no_more(model: FastVLM) -> None:
+    config = model.decoder.config
+    gc.collect()  # what the tests before left would be freed meanwhile
+    for positions in (1, 200, 256, 257, 700):
+        before = mx.get_active_memory()
+        cache = filled_cache(model.decoder, positions)
+        held = mx.get_active_memory() - before
+        assert held == kv_bytes(cache) == FLOAT32.kv(grown(positions), config)
+        del cache
+
+
+def test_decoding_within_its_buffers_makes_the_kv_cache_no_larger(model: FastVLM) -> None:
+    points = list(measure_decode(model, FLOAT32, [240, 496]))
+    assert [point.held_bytes for point in points] == [point.bound_bytes for point in points]
+    assert points[1].held_bytes == 2 * points[0].held_bytes
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+@pytest.mark.parametrize("tokens", [64, 256, 500])
+def test_a_prefill_holds_one_layers_arrays_however_many_layers(layers: int, tokens: int) -> None:
+    config = DecoderConfig(
+        hidden_size=128,
+        num_layers=layers,
+        intermediate_size=384,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=640,
+        tied=True,
+    )
+    decoder = Decoder(config)
+    mx.eval(decoder.parameters())
+    embeddings = decoder.embed(mx.zeros((1, tokens), dtype=mx.int32))
+    mx.eval(embeddings)
+    point, cache = Point("prefill", tokens, 0, 0), decoder.make_cache()
+    point.count(lambda: mx.eval(prefill(decoder, embeddings, cache)))
+    assert 0 < point.peak_bytes <= prefill_bound(config, FLOAT32, tokens)
+
+
+def test_logits_of_all_positions_would_exceed_a_prefills_bound() -> None:
+    config = PRESETS["0.5b"].decoder
+    all_logits = 1024 * config.vocab_size * 4
+    assert all_logits > prefill_bound(config, FLOAT32, 1024)
+
+
+def test_a_low_memory_tower_stays_under_its_bound(model: FastVLM) -> None:
+    model.vision.low_memory = True
+    try:
+        for point in measure_vision(model, FLOAT32, [64, 256, 512]):
+            assert point.bound_bytes is not None
+            assert 0.5 * point.bound_bytes < point.peak_bytes <= point.bound_bytes
+    finally:
+        model.vision.low_memory = False
+
+
+def test_the_real_towers_bound_is_what_low_memory_mode_promises() -> None:
+    """300 MiB at 1024 px in float32; with the square of the pixels from there on."""
+    bounds = [tower_bound(VisionConfig(), FLOAT32, side) for side in (512, 1024, 1536, 3072)]
+    assert bounds[1] <= 300 * 2**20
+    assert bounds[1] / bounds[0] == pytest.approx(4, rel=1e-3)
+    assert bounds[3] / bounds[2] == pytest.approx(16, rel=0.05)
+
+
+# The fit
+
+
+def test_a_fit_finds_the_factors_it_was_made_of() -> None:
+    xs = [1.0, 2.0, 5.0, 10.0, 40.0]
+    found = fit(xs, [3 + 2 * x + 0.5 * x * x for x in xs], ("constant", "linear", "square"))
+    assert found.coefficients == pytest.approx({"constant": 3, "linear": 2, "square": 0.5})
+    assert found.worst_residual == pytest.approx(0, abs=1e-9)
+    assert sum(found.shares(7.0).values()) == pytest.approx(1)
+
+
+def test_a_fits_factors_are_never_below_zero() -> None:
+    xs = [1.0, 2.0, 3.0, 4.0]
+    found = fit(xs, [10.0, 18.0, 24.0, 28.0], ("constant", "linear", "square"))
+    assert min(found.coefficients.values()) == 0
+    assert found.worst_residual > 0
+
+
+def test_a_fit_weighs_small_sizes_as_much_as_large_ones() -> None:
+    """By absolute errors the constant 5 would drown in the largest point."""
+    xs = [1.0, 10.0, 1e4, 1e5]
+    found = fit(xs, [5 + x for x in xs[:3]] + [1.02e5], ("constant", "linear"))
+    assert found.coefficients["constant"] == pytest.approx(5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("xs", "ys"), [([1.0], [1.0]), ([1.0, 2.0], [1.0]), ([1.0, 2.0], [1.0, 0.0])]
+)
+def test_a_fit_without_enough_points_is_refused(xs: list[float], ys: list[float]) -> None:
+    with pytest.raises(ValueError, match="as many points"):
+        fit(xs, ys, ("constant", "linear"))
+
+
+# The report
+
+
+def known(kind: str, factor: float = 1.0) -> list[Point]:
+    points = []
+    for x in (10, 20, 40):
+        point = Point(kind, x, flops=1000 * x, moved_bytes=500 * x, bound_bytes=None)
+        point.ms, point.cpu_ms = [2.0 * x + 5, 2.0 * x], [x, 3.0 * x]
+        points.append(point)
+    points[-1].ms.append(factor * points[-1].ms.pop())
+    return points
+
+
+def test_growing_as_the_formula_is_1_and_faster_is_above() -> None:
+    assert growth.worse(known("vision")) == pytest.approx(1)
+    assert growth.worse(known("decode", 1.02)) == pytest.approx(1.02)
+
+
+def test_the_fastest_round_counts_and_all_are_kept() -> None:
+    merged = growth.merge([known("vision"), known("vision", 0.5)])
+    assert merged[-1].best_ms == 40.0
+    assert len(merged[0].ms) == 4
+    assert growth.summary(merged)["points"][0]["ms"] == merged[0].ms
+
+
+def test_csv_has_every_point_and_the_plot_is_a_png() -> None:
+    kinds = {kind: known(kind) for kind in ("vision", "prefill", "decode")}
+    table = list(csv.DictReader(io.StringIO(growth.rows(kinds))))
+    assert [(row["kind"], row["x"]) for row in table] == [
+        (kind, str(point.x)) for kind, points in kinds.items() for point in points
+    ]
+    assert table[0]["bound_bytes"] == "" and float(table[0]["best_ms"]) == 20.0
+    result = {kind: growth.summary(points) for kind, points in kinds.items()}
+    about = {"model": "m", "dtype": "float32", "machine": asdict(machine_card())}
+    assert growth_plot.draw(result | about).startswith(b"\x89PNG")
