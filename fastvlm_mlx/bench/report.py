@@ -6,7 +6,7 @@ Knows which figure belongs beside which. Measures nothing and draws nothing.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastvlm_mlx.bench.figures import (
@@ -49,8 +49,6 @@ def table(report: Report) -> str:
     sources = (limit.source for result in report.cases for limit in result.limits.values())
     for source in dict.fromkeys(filter(None, sources)):
         lines += ["", *_wrapped(f"limit: {source}", "  ")]
-    if len(report.cases) > 1:
-        lines += ["", *_overview(report)]
     return "\n".join(lines)
 
 
@@ -221,12 +219,14 @@ def _work(flops: float) -> str:
 _OVERVIEW = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tps", "peak_bytes")
 
 
-def _overview(report: Report) -> Iterator[str]:
-    """Yield one line a case, to be read down: how cost grows."""
-    names = [name for name in _OVERVIEW if any(name in r.series for r in report.cases)]
+def overview(reports: Sequence[Report]) -> Iterator[str]:
+    """Yield a line a case, to be read down: how cost grows. Several models are named beside."""
+    results = [(report, result) for report in reports for result in report.cases]
+    names = [name for name in _OVERVIEW if any(name in one.series for _, one in results)]
+    prompt = max(len("prompt"), *(len(one.case.prompt) for _, one in results))
     titles = "".join(f"{METRICS[name].label:>12}" for name in names)
-    yield f"{'px':>5}{'images':>7}  {'prompt':<6}{titles}"
-    for result in report.cases:
+    yield f"{'px':>5}{'images':>7} {'prompt':<{prompt}}{titles}"
+    for report, result in results:
         case = result.case
         cells = "".join(
             f"{shown(result.series[name].median, result.series[name].unit):>12}"
@@ -234,7 +234,8 @@ def _overview(report: Report) -> Iterator[str]:
             else f"{'-':>12}"
             for name in names
         )
-        yield f"{case.resolution:>5}{case.images:>7}  {case.prompt:<6}{cells}"
+        model = f"  {report.model.name}" if len(reports) > 1 else ""
+        yield f"{case.resolution:>5}{case.images:>7} {case.prompt:<{prompt}}{cells}{model}"
 
 
 def csv_rows(report: Report) -> list[dict[str, Any]]:

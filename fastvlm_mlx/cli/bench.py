@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ import click
 
 from fastvlm_mlx.cli.artifacts import TYPED
 from fastvlm_mlx.cli.asking import load_engine, model_options
-from fastvlm_mlx.cli.bench_options import BITS, MLX_VLM, SWEEPS, bench_options, require_sense
+from fastvlm_mlx.cli.bench_options import MLX_VLM, bench_options, require_sense
 from fastvlm_mlx.cli.console import Console
 from fastvlm_mlx.cli.options import Command
 
@@ -61,14 +62,29 @@ def command(context: click.Context, **given: Any) -> int:
     earlier = None
     if given["compare"] not in (None, MLX_VLM):
         earlier = read_report(given["compare"])
-    reports = [
-        _measured(console, given | {"bits": bits}, baseline)
-        for bits in (BITS if given["sweep"] == "quantization" else (given["bits"],))
-    ]
+    reports = list(_reports(console, given, baseline))
     console.close()
     _write(reports, earlier, given)
     _print(reports, earlier, given)
     return 0 if baseline is None else _checked(console, reports[0], baseline, given)
+
+
+def _reports(console: Console, given: dict[str, Any], baseline: Report | None) -> Iterator[Report]:
+    """Yield a report a model, each alone in memory: several only if their bits are varied."""
+    if given["sweep"] != "quantization":
+        yield _measured(console, given, baseline)
+        return
+    import gc
+
+    import mlx.core as mx
+
+    from fastvlm_mlx.bench.synthetic import BITS
+
+    for bits in BITS:
+        # Unpacked, as a CPU has them by default, all would be the same model.
+        yield _measured(console, given | {"bits": bits, "keep_quantized": True}, None)
+        gc.collect()
+        mx.clear_cache()
 
 
 def _require_places(given: dict[str, Any]) -> None:
@@ -156,15 +172,20 @@ def _loaded(console: Console, given: dict[str, Any]) -> tuple[Engine, dict[str, 
 
 def _cases(given: dict[str, Any], engine: Engine) -> tuple[Case, ...]:
     """Return every combination of what was asked for, or the sweep's values where nothing was."""
+    from fastvlm_mlx.bench import sweeps
     from fastvlm_mlx.bench.results import Case
 
-    defaults = {
+    defaults: dict[str, tuple[Any, ...]] = {
         "resolution": (engine.config.vision.image_size,),
         "images": (1,),
         "prompt": ("short",),
     }
     if given["sweep"] in defaults:
-        defaults[given["sweep"]] = SWEEPS[given["sweep"]]
+        defaults[given["sweep"]] = {
+            "resolution": sweeps.RESOLUTIONS,
+            "images": sweeps.IMAGE_COUNTS,
+            "prompt": tuple(f"{count} words" for count in sweeps.PROMPT_WORDS),
+        }[given["sweep"]]
     chosen = [given[name] or default for name, default in defaults.items()]
     return tuple(
         Case(resolution=pixels, images=images, prompt=prompt, max_tokens=given["max_tokens"])
@@ -232,9 +253,12 @@ def _print(reports: list[Report], earlier: Report | None, given: dict[str, Any])
         click.echo(json.dumps(_json(reports, earlier), allow_nan=False))
         return
     from fastvlm_mlx.bench.ratios import comparison_table
-    from fastvlm_mlx.bench.report import table
+    from fastvlm_mlx.bench.report import overview, table
 
     click.echo("\n\n".join(table(report) for report in reports))
+    if sum(len(report.cases) for report in reports) > 1:
+        click.echo()
+        click.echo("\n".join(overview(reports)))
     if earlier is not None:
         click.echo()
         click.echo(comparison_table(reports[0], earlier, interleaved=False))

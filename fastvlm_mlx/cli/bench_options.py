@@ -15,15 +15,8 @@ from fastvlm_mlx.cli.options import Resolution, option
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-SWEEPS: dict[str, tuple[Any, ...]] = {
-    "resolution": (256, 512, 768, 1024, 1536),
-    "prompt": ("short", "medium", "long"),
-    "images": (1, 2, 4),
-    "quantization": (16, 8, 4),
-}
-"""What `--sweep` varies, and over which values unless they are given."""
+SWEEPS = ("resolution", "prompt", "images", "quantization")
 SIZES = ("0.5b", "1.5b", "7b", "demo")
-BITS = (16, 8, 4)
 MLX_VLM = "mlx-vlm"
 
 
@@ -62,7 +55,7 @@ class Prompt(click.ParamType):
 _OPTIONS = (
     option("Model", "--size", type=click.Choice(SIZES),
            help="Instead of --model: random weights of this size, made in memory."),
-    option("Model", "--bits", type=click.Choice([str(bits) for bits in BITS]),
+    option("Model", "--bits", type=click.Choice(["16", "8", "4"]),
            help="With --size: bits a decoder weight.  [default: 16]"),
     option("Model", "--seed", type=int, default=0, show_default=True,
            help="With --size: which random weights."),
@@ -80,9 +73,8 @@ _OPTIONS = (
            show_default=True, help="Length of the answer, which nothing else ends."),
     option("Work", "--photo", is_flag=True,
            help="Give every picture as a 12-megapixel JPEG, as a phone takes it."),
-    option("Work", "--sweep", type=click.Choice(list(SWEEPS)),
-           help="Measure over many values: " + "; ".join(
-               f"{name} {', '.join(map(str, values))}" for name, values in SWEEPS.items()) + "."),
+    option("Work", "--sweep", type=click.Choice(SWEEPS),
+           help="Vary this over a wide range, or over the values given; the bits need --size."),
     option("Runs", "--runs", type=click.IntRange(min=1), metavar="N", default=10,
            show_default=True, help="How often each case is measured."),
     option("Runs", "--warm-up", type=click.IntRange(min=0), metavar="N", default=2,

@@ -9,7 +9,7 @@ from bench_reports import STAGE_MS, VISION_LIMIT, made_case, made_machine, made_
 
 from fastvlm_mlx.bench.figures import drift, shown, slow_tail
 from fastvlm_mlx.bench.ratios import comparison_table, ratio, verdict
-from fastvlm_mlx.bench.report import CSV_COLUMNS, WIDTH, csv_rows, table
+from fastvlm_mlx.bench.report import CSV_COLUMNS, WIDTH, csv_rows, overview, table
 from fastvlm_mlx.bench.results import METRICS, STAGES, Limit, Series
 
 
@@ -102,11 +102,14 @@ def test_figures_have_three_digits_and_their_unit() -> None:
     assert shown(1.52e9, "bytes") == "1.52 GB"
 
 
-def test_many_cases_end_in_a_line_each_to_be_read_down() -> None:
-    text = table(made_report(made_case(256), made_case(512, prompt="long", factor=2.0)))
-    first, second = text.splitlines()[-2:]
+def test_an_overview_has_a_line_a_case_to_be_read_down() -> None:
+    report = made_report(made_case(256), made_case(512, prompt="1024 words", factor=2.0))
+    title, first, second = overview([report])
     assert first.split()[:3] == ["256", "1", "short"] and "94.1 ms" in first
-    assert second.split()[:3] == ["512", "1", "long"] and "188 ms" in second
+    assert second.split()[:4] == ["512", "1", "1024", "words"] and "188 ms" in second
+    assert len({len(line) for line in (title, first, second)}) == 1
+    _, first, second = overview([made_report(), made_report(name="4 bits")])
+    assert first.endswith("  0.5b") and second.endswith("  4 bits")
 
 
 def test_a_row_of_csv_has_one_figure_with_all_that_is_known_of_it() -> None:
