@@ -20,7 +20,7 @@ from fastvlm_mlx.bench.files import read_report
 from fastvlm_mlx.bench.harness import Say, Tally
 from fastvlm_mlx.bench.inputs import input_files
 from fastvlm_mlx.bench.peer import PICTURE_ID
-from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime, Weights
+from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime
 from fastvlm_mlx.bench.ratios import ratio
 from fastvlm_mlx.bench.results import (
     METRICS,
@@ -33,19 +33,9 @@ from fastvlm_mlx.bench.results import (
     Settings,
     Unit,
 )
+from fastvlm_mlx.bench.subject import Subject
 from fastvlm_mlx.bench.turns import Dropped, Plan, Turns, start_in_turn
 from fastvlm_mlx.errors import FastVLMError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subject:
-    """What is compared on: the weights, and what a report calls them (`results.ModelCard`)."""
-
-    weights: Weights
-    name: str
-    synthetic: bool
-    quantization: str
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
