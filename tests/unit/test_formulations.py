@@ -1,0 +1,208 @@
+"""Other forms compute the same, and each costs in the graph what it is compared for.
+
+Which of them is faster only a device says (`benchmarks/formulations.py`); nothing here times.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import mlx.core as mx
+import pytest
+import small_tower
+
+from benchmarks import decoder_variants, formulations, tower_variants
+from benchmarks.graph_trace import (
+    compiling,
+    convolutions,
+    graph,
+    hollow,
+    is_pointwise,
+    metal_kernel,
+    trace,
+    work,
+)
+from benchmarks.two_forms import LEAST_ROUNDS, Comparison, compare, relative, verdict
+from fastvlm_mlx.bench.synthetic import synthetic_checkpoint
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.vision import FastViTHD
+
+PIXELS = mx.zeros((1, 1024, 1024, 3), dtype=mx.uint8)
+FORMS = tower_variants.FORMS
+
+
+@pytest.fixture(scope="module")
+def small() -> FastViTHD:
+    return small_tower.tower(small_tower.folded(small_tower.canonical_weights("training")))
+
+
+@pytest.fixture(scope="module")
+def real() -> FastViTHD:
+    """Real sizes; its weights take no memory and are never computed with."""
+    return hollow(FastViTHD(VisionConfig()))
+
+
+# The same
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("case", ["training_128", "training_192x64"])
+def test_each_form_of_the_tower_equals_timm(small: FastViTHD, name: str, case: str) -> None:
+    run = tower_variants.reform(small, dict([FORMS[name]]))
+    assert small_tower.relative_rms(run, case) <= 1e-5
+
+
+def test_the_towers_own_steps_are_the_tower(small: FastViTHD) -> None:
+    assert small_tower.relative_rms(tower_variants.reform(small, {}), "training_128") <= 1e-5
+    assert small_tower.relative_rms(tower_variants.paired(small), "training_128") <= 1e-5
+    assert small_tower.relative_rms(tower_variants.step_by_step(small), "training_128") <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(mx.float16, 1e-2), (mx.bfloat16, 5e-2)])
+def test_a_cast_tower_is_scaled_as_the_loader_scales_it(
+    small: FastViTHD, dtype: mx.Dtype, most: float
+) -> None:
+    cast = tower_variants.in_dtype(small, dtype)
+    assert cast.stem.weight.dtype == dtype
+    run = tower_variants.reform(cast, {})
+    assert small_tower.relative_rms(lambda x: run(x).astype(mx.float32), "training_128") <= most
+
+
+@pytest.fixture(scope="module", params=[16, 4])
+def demo(request: pytest.FixtureRequest) -> FastVLM:
+    return load_model(synthetic_checkpoint("demo", request.param), mx.float32, dequantize=False)
+
+
+def test_forms_of_the_decoder_give_the_same_logits(demo: FastVLM) -> None:
+    ours = demo.decoder
+    others = decoder_variants.as_mlx_lm(ours, demo.config), decoder_variants.turned_apart(ours)
+    for other in others:
+        both = [decoder_variants.decoding(d, context=20, steps=3) for d in (ours, other)]
+        assert relative(both[1](), both[0]()) <= 1e-5
+        assert mx.array_equal(both[1](), both[1]())  # a run leaves the cache as it was
+        both = [decoder_variants.prefilling(d, positions=20) for d in (ours, other)]
+        assert relative(both[1](), both[0]()) <= 1e-5
+
+
+# The cost
+
+
+def kernels(tower: FastViTHD, *names: str) -> Counter[str]:
+    run = tower_variants.reform(tower, dict(FORMS[name] for name in names))
+    return Counter(metal_kernel(conv) for conv in convolutions(trace(run, PIXELS)))
+
+
+def test_grouped_convolutions_are_five_slow_ones(real: FastViTHD) -> None:
+    found = kernels(real, "downsample: grouped convolution", "expansion: grouped convolution")
+    assert found["implicit_gemm_grouped"] == 5
+
+
+def test_repeated_channels_have_a_fast_kernel_and_a_copy(real: FastViTHD) -> None:
+    assert set(kernels(real, "downsample: repeated channels")) == {"depthwise", "implicit_gemm"}
+    assert kernels(real)["depthwise"] - kernels(real, "downsample: repeated channels")[
+        "depthwise"
+    ] == len(real.stages[1:])
+
+
+def test_1x1_convolutions_miss_the_gemms_epilogue(real: FastViTHD) -> None:
+    kind, form = FORMS["1x1 as a convolution"]
+    run = tower_variants.reform(real, {kind: form})
+    found = [conv for conv in convolutions(trace(run, PIXELS)) if is_pointwise(conv)]
+    blocks = sum(VisionConfig().layers[:3])
+    assert len(found) == 2 * blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "ours", "other"),
+    [
+        ("bias after fc2", 1, 6, 7),
+        ("1x1 as a convolution", 1, 6, 8),
+        ("LayerNorm from its parts", 3, 20, 21),
+    ],
+)
+def test_primitives_of_a_block(
+    real: FastViTHD, name: str, stage: int, ours: int, other: int
+) -> None:
+    """On a CPU: `mx.fast.layer_norm` is one kernel on Metal, nine primitives here, and ten by hand."""
+    block = real.stages[stage].blocks[0]
+    x = mx.zeros((1, 16, 16, VisionConfig().embed_dims[stage]))
+    with compiling(True):
+        assert work(graph(block, x)) == ours
+        assert work(graph(FORMS[name][1](block), x)) == other
+
+
+# The decision
+
+
+@pytest.mark.parametrize(
+    ("ratios", "noise", "said"),
+    [
+        ([0.90, 0.91, 0.92, 0.90, 0.93], 0.02, "faster: load it so"),
+        ([0.90, 0.91, 0.99, 0.90, 0.93], 0.02, "no difference: keep ours"),
+        ([0.90, 0.91, 1.20, 0.90, 0.93], 0.02, "no difference: keep ours"),
+        ([1.10, 1.08, 1.20, 1.09, 1.30], 0.02, "slower: keep ours"),
+        ([1.10, 1.08, 1.20, 1.09, 1.30], 0.10, "no difference: keep ours"),
+        ([0.5] * (LEAST_ROUNDS - 1), 0.0, "undecided: it takes 5 rounds or more"),
+    ],
+)
+def test_a_form_must_win_every_round_by_more_than_the_noise(
+    ratios: list[float], noise: float, said: str
+) -> None:
+    assert verdict(ratios, noise, "load it so") == said
+
+
+def test_forms_that_do_not_agree_are_not_timed() -> None:
+    x = mx.ones((4, 4))
+    timings: list[float] = []
+
+    def clock() -> float:
+        timings.append(0.0)
+        return 0.0
+
+    wrong = Comparison("a sum", lambda: x + 1, lambda: x + 1.1, "", 1e-5)
+    with pytest.raises(SystemExit, match=r"a sum: the outputs differ by 5\.0e-02"):
+        compare(wrong, rounds=3, clock=clock)
+    assert timings == []
+
+
+def test_a_comparison_takes_turns_and_reports_the_rounds_ratios() -> None:
+    """By a clock that ticks as the runs say: ours 2, the other 1."""
+    ran: list[str] = []
+    now = 0.0
+
+    def run(name: str, ticks: float) -> mx.array:
+        nonlocal now
+        ran.append(name)
+        now += ticks
+        return mx.ones(3)
+
+    found = compare(
+        Comparison("x", lambda: run("ours", 2), lambda: run("other", 1), "set it", 1e-5),
+        rounds=6,
+        clock=lambda: now,
+    )
+    assert (found.ratio, found.lowest, found.highest, found.noise) == (0.5, 0.5, 0.5, 0.0)
+    assert found.verdict == "faster: set it"
+    assert Counter(ran)["ours"] == Counter(ran)["other"] + 1  # one more finds how often to repeat
+
+
+@pytest.mark.slow
+def test_the_command_runs_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    formulations.main(["--model", "demo", "--size", "128", "--rounds", "1", "--bits", "16", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads(lines[-1])
+    names = [found["name"] for found in report["comparisons"]]
+    decoder = [
+        f"{stage}, {bits} bits: {form}"
+        for bits in (16, 4)
+        for form in ("as mlx-lm has it", "RoPE of q and k apart")
+        for stage in ("prefill", "decode")
+    ]
+    paired = ["tower: paired heads", "attention: paired heads"]
+    assert names == [*paired, *FORMS, "tower: low-memory mode", *decoder]
+    assert len(lines) == 1 + len(names) + 1
+    assert all(found["verdict"].startswith("undecided") for found in report["comparisons"])
+    assert all(found["difference"] <= 1e-5 for found in report["comparisons"])
