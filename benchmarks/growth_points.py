@@ -29,7 +29,8 @@ class Point:
     """One size of one kind: what the formula says of it, and what it took in each round.
 
     `bound_bytes` is the most that `peak_bytes` may be (decode: `held_bytes`, the KV cache's
-    buffers); None where no formula says: a tower that is not in low-memory mode is run ahead of.
+    buffers); None where no formula says: MLX runs ahead of a tower that is not in low-memory mode,
+    and a CPU's own form of it makes other arrays.
     """
 
     kind: str
@@ -107,7 +108,7 @@ def measure_vision(model: FastVLM, storage: Storage, sides: Sequence[int]) -> It
     for side in sides:
         cost = vision_cost(tower.config, storage, height=side, width=side)
         point = _point("vision", side * side, cost)
-        if tower.low_memory:
+        if tower.low_memory and tower.form is None:
             point.bound_bytes = tower_bound(tower.config, storage, side)
         pixels = mx.zeros((1, side, side, 3), dtype=mx.uint8) + mx.array(127, dtype=mx.uint8)
         mx.eval(pixels)
