@@ -37,10 +37,19 @@ _PARTS = (
 )
 _NO_OVERHEAD = ("cold_weights_ms", "cold_first_answer_ms")
 
-_BOOT = (
-    "import time; up = time.monotonic()\n"
-    "import sys; from fastvlm_mlx.bench.cold_child import main; sys.exit(main(up, sys.argv[1:]))"
-)
+# The `fastvlm` command as its script starts it, but for the times that are taken.
+_BOOT = """
+import time
+up = time.monotonic()
+import sys
+from fastvlm_mlx.bench import cold_child
+cold_child.watch(up)
+from fastvlm_mlx.cli.main import main
+cold_child.passed("command_imported")
+code = main()
+cold_child.report()
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

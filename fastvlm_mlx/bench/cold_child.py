@@ -1,4 +1,4 @@
-"""The child of a cold start: the real `fastvlm generate`, with the times of what it passes.
+"""The child of a cold start: what takes the times of the real `fastvlm generate`.
 
 Knows where the command imports, loads and answers, and takes `time.monotonic` there, which all
 processes of a machine share. Imports nothing that the command would not, so that what is timed is
@@ -14,7 +14,6 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,22 +24,23 @@ FIRST_TOKEN = "first token"
 _passed: dict[str, float] = {}
 
 
-def main(python_up: float, arguments: Sequence[str]) -> int:
-    """Run the command line; print a JSON object of times as the last line. Returns its exit code.
-
-    `python_up` is when the interpreter came to its first line.
-    """
+def watch(python_up: float) -> None:
+    """Begin to take times; `python_up` is when the interpreter came to its first line."""
     _passed["python_up"] = python_up
     sys.meta_path.insert(0, _Watcher())
     log = logging.getLogger("fastvlm_mlx")
     log.addHandler(_Listener())
     log.setLevel(logging.INFO)
-    from fastvlm_mlx.cli.main import main as fastvlm
 
-    _passed["command_imported"] = time.monotonic()
-    code = fastvlm(arguments)
+
+def passed(what: str) -> None:
+    """Take the time of something."""
+    _passed[what] = time.monotonic()
+
+
+def report() -> None:
+    """Print a JSON object of times, in seconds, as the last line."""
     print("\n" + json.dumps(_passed), flush=True)
-    return code
 
 
 class _Listener(logging.Handler):
@@ -48,7 +48,7 @@ class _Listener(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage() == FIRST_TOKEN:
-            _passed["first_token"] = time.monotonic()
+            passed("first_token")
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
@@ -68,7 +68,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
         def exec_module(module: ModuleType) -> None:
             execute(module)
             _time(module, "load_model")
-            _passed["engine_imported"] = time.monotonic()
+            passed("engine_imported")
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -79,9 +79,9 @@ def _time(module: ModuleType, function: str) -> None:
     real = getattr(module, function)
 
     def timed(*given: Any, **options: Any) -> Any:
-        _passed[f"{function}_began"] = time.monotonic()
+        passed(f"{function}_began")
         found = real(*given, **options)
-        _passed[f"{function}_ended"] = time.monotonic()
+        passed(f"{function}_ended")
         return found
 
     setattr(module, function, timed)
