@@ -26,7 +26,7 @@ def label_of(name: str) -> str:
     """Return what people call a figure; a part of the cold start is its name's own words."""
     if name in METRICS:
         return METRICS[name].label
-    return name.removeprefix(COLD).removesuffix("_ms").replace("_", " ")
+    return name.removeprefix(COLD).removesuffix("_ms").removesuffix("_bytes").replace("_", " ")
 
 
 def bits_of(model: ModelCard) -> str:

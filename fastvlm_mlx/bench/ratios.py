@@ -117,6 +117,8 @@ def differences(ours: Report, theirs: Report) -> Iterator[str]:
     """Yield what besides the runtime was not the same in both, one thing a line."""
     mine, other = ours.machine, theirs.machine
     for what, one, two in (
+        ("model", ours.model.name, theirs.model.name),
+        ("weights", ours.model.fingerprint, theirs.model.fingerprint),
         ("chip", mine.chip, other.chip),
         ("device", mine.device, other.device),
         ("power", mine.power, other.power),
@@ -128,6 +130,6 @@ def differences(ours: Report, theirs: Report) -> Iterator[str]:
         if one != two:
             yield f"{what}: {one or 'unknown'} against {two or 'unknown'}"
     inputs = ours.settings.inputs
-    for name in inputs.keys() & theirs.settings.inputs.keys():
+    for name in sorted(inputs.keys() & theirs.settings.inputs.keys()):
         if inputs[name] != theirs.settings.inputs[name]:
             yield f"input {name}: its bytes differ"

@@ -18,7 +18,7 @@ from fastvlm_mlx.bench.chips import chip_peaks
 from fastvlm_mlx.bench.costs import DType, Storage, WeightBytes, held_weight_bytes, weight_bytes
 from fastvlm_mlx.bench.harness import Say, run_cases
 from fastvlm_mlx.bench.inputs import input_files
-from fastvlm_mlx.bench.limits import Peaks, limits, stage_costs
+from fastvlm_mlx.bench.limits import limits, stage_costs
 from fastvlm_mlx.bench.machine import machine_card
 from fastvlm_mlx.bench.probe import measure_peaks
 from fastvlm_mlx.bench.results import Case, CaseResult, ModelCard, Report, Series, Settings
@@ -90,33 +90,40 @@ def measure(
         photo=photo,
         say=say,
     )
+    report = dataclasses.replace(
+        report, cases=measured, once=report.once | {"active_bytes": active}
+    )
     # After the runs, which it would only heat the machine for.
     say("measuring what this machine can do at best")
-    chip, probe = chip_peaks(report.machine, dtype_name(engine)), measure_peaks(engine.dtype)
-    return dataclasses.replace(
-        report,
-        cases=tuple(with_limits(result, engine, chip=chip, probe=probe) for result in measured),
-        once=report.once | {"active_bytes": active},
-    )
+    return with_limits(report, engine.config, storage_of(engine), weights=held_weights(engine))
 
 
 def with_limits(
-    result: CaseResult, engine: Engine, *, chip: Peaks | None, probe: Peaks | None
-) -> CaseResult:
-    """Return a measured case with the least that each of its stages must do and take."""
-    costs = stage_costs(
-        engine.config,
-        storage_of(engine),
-        resolution=result.case.resolution,
-        images=result.case.images,
-        prompt_tokens=result.prompt_tokens,
-        generated_tokens=result.generated_tokens,
-        weights=held_weights(engine),
-    )
-    found = limits(costs, chip=chip, probe=probe)
-    return dataclasses.replace(
-        result, limits={name: limit for name, limit in found.items() if name in result.series}
-    )
+    report: Report, config: ModelConfig, storage: Storage, *, weights: WeightBytes | None = None
+) -> Report:
+    """Return a report with the least that each stage must do and take; measures this machine.
+
+    `weights` are the bytes really held, the formula's if None. MLX's device must be the report's.
+    """
+    chip = chip_peaks(report.machine, storage.dtype)
+    probe = measure_peaks(getattr(mx, storage.dtype))
+
+    def limited(result: CaseResult) -> CaseResult:
+        costs = stage_costs(
+            config,
+            storage,
+            resolution=result.case.resolution,
+            images=result.case.images,
+            prompt_tokens=result.prompt_tokens,
+            generated_tokens=result.generated_tokens,
+            weights=weights,
+        )
+        found = limits(costs, chip=chip, probe=probe)
+        return dataclasses.replace(
+            result, limits={name: limit for name, limit in found.items() if name in result.series}
+        )
+
+    return dataclasses.replace(report, cases=tuple(limited(result) for result in report.cases))
 
 
 def storage_of(engine: Engine) -> Storage:

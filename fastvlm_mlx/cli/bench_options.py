@@ -133,9 +133,22 @@ def _nonsense(context: click.Context) -> Iterator[str]:
         for other in ("bits", "check", "compare", "csv"):
             if given[other] is not None:
                 yield f"--sweep quantization measures several models: leave out --{other}"
+    if given["compare"] == MLX_VLM:
+        for other in ("vision_from", "memory_limit"):
+            if given[other] is not None:
+                yield _not_theirs(other)
+        for other in ("paired_heads", "low_memory", "keep_quantized"):
+            if given[other]:
+                yield _not_theirs(other)
     if given["compare"] == "":
         yield "--compare needs mlx-vlm or a saved result"
     if given["peer_python"] is not None and given["compare"] != MLX_VLM:
         yield f"--peer-python needs --compare {MLX_VLM}"
     if given["tolerance"] is not None and given["check"] is None:
         yield "--tolerance needs --check"
+
+
+def _not_theirs(name: str) -> str:
+    return f"{MLX_VLM} knows no such option, so nothing is compared: leave out --" + name.replace(
+        "_", "-"
+    )

@@ -149,11 +149,10 @@ def test_no_worse_than_the_baseline_is_success(run: Run, whole: Whole, tmp_path:
     baseline = written(tmp_path / "slow.json", doctored(whole.report, 1e4))
     ran = run("bench", "--model", "demo", *QUICK, "--resolution", 64, "--check", baseline)
     assert ran.code == 0
-    missed, fine = ran.err.splitlines()
-    assert missed.endswith(
-        "not checked: 128 px, 1 image, short prompt, 4 tokens (not measured now)"
-    )
-    assert "no worse than the baseline" in fine
+    lines = ran.err.splitlines()
+    name = "128 px, 1 image, short prompt, 4 tokens"
+    assert lines[0] == f"fastvlm: not checked: {name} (not measured now)"
+    assert "no worse than the baseline" in lines[-1]
 
 
 @pytest.mark.slow
@@ -166,7 +165,8 @@ def test_a_regression_is_exit_code_1_and_a_line_each(
     )
     assert ran.code == 1
     Report.from_json(json.loads(ran.out.splitlines()[-1]))
-    lines = ran.err.splitlines()
+    # What reads files is not checked if the file cache was in another state.
+    lines = [line for line in ran.err.splitlines() if "the file cache was" not in line]
     assert all(line.startswith("fastvlm: worse than the baseline: ") for line in lines)
     assert any("64 px" in line and "TTFT" in line for line in lines)
     assert any("decode" in line and "tok/s" in line for line in lines)
@@ -253,6 +253,7 @@ def test_a_made_up_report_of_another_model_is_no_baseline(run: Run, tmp_path: Pa
     assert "another" in run("bench", "--model", "demo", "--check", path).refused()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path: Path) -> None:
     process = spawn(
         "-v", "bench", "--model", "demo", "--runs", 100_000, "--save", tmp_path / "a.json",

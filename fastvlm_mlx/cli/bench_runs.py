@@ -1,0 +1,316 @@
+"""What `fastvlm bench` measures, in order: cold starts, the model here, or it and other runtimes.
+
+Knows what the options mean to the benchmark's parts, and what can be refused before anything runs.
+Imported once a command line has been found sensible; knows no table and no file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, cast
+
+import mlx.core as mx
+
+from fastvlm_mlx.bench import run, sweeps
+from fastvlm_mlx.bench.baseline import require_comparable
+from fastvlm_mlx.bench.cold import ColdStart, cold_start
+from fastvlm_mlx.bench.compare import Comparison, compare
+from fastvlm_mlx.bench.costs import DType, Storage
+from fastvlm_mlx.bench.file_cache import file_cache_state
+from fastvlm_mlx.bench.peer_runtime import OURS, mlx_vlm
+from fastvlm_mlx.bench.results import Case, Report, Series
+from fastvlm_mlx.bench.subject import Subject, stored_subject, synthetic_subject
+from fastvlm_mlx.bench.synthetic import BITS, synthetic_checkpoint, synthetic_engine
+from fastvlm_mlx.bench.turns import Plan
+from fastvlm_mlx.cli.asking import load_engine
+from fastvlm_mlx.cli.bench_options import MLX_VLM
+from fastvlm_mlx.cli.console import Console
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.engine import Engine
+from fastvlm_mlx.errors import FastVLMError
+
+DEMO_NOTICE = (
+    "fastvlm: measuring the demo model, which is tiny; for real sizes: --size 0.5b, or "
+    "--model apple/FastVLM-0.5B"
+)
+
+log = logging.getLogger("fastvlm_mlx")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A command line: its options, as typed too, and the results it names."""
+
+    console: Console
+    given: dict[str, Any]
+    typed: str
+    baseline: Report | None = None
+    earlier: Report | None = None
+
+    def with_(self, **changed: Any) -> Wanted:
+        """Return the same with some options changed."""
+        return dataclasses.replace(self, given=self.given | changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Reports of our engine, a model each, and the first of them beside other runtimes."""
+
+    ours: tuple[Report, ...]
+    comparison: Comparison | None = None
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether other runtimes ran in turn with ours."""
+        return self.comparison is not None and self.comparison.interleaved
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """All of them, ours first."""
+        return self.ours if self.comparison is None else self.comparison.reports
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the first report's object, within it what else was measured or compared."""
+        values = self.ours[0].to_json()
+        if len(self.ours) > 1:
+            values["more"] = [report.to_json() for report in self.ours[1:]]
+        if self.comparison is not None:
+            compared = self.comparison.to_json()
+            values["compared"] = compared | {"reports": compared["reports"][1:]}
+        return values
+
+
+def measure(wanted: Wanted) -> Measured:
+    """Measure what a command line asks for. Raises a FastVLMError."""
+    given = wanted.given
+    if given["size"] is None and given["model"] is None:
+        wanted.console.line(DEMO_NOTICE)
+        wanted = wanted.with_(model="demo")
+    if given["compare"] == MLX_VLM:
+        return _beside_mlx_vlm(wanted)
+    if given["sweep"] == "quantization":
+        return Measured(tuple(_every_packing(wanted)))
+    ours = _alone(wanted)
+    if wanted.earlier is None:
+        return Measured((ours,))
+    return Measured((ours,), Comparison((ours, wanted.earlier), {}, interleaved=False))
+
+
+def _every_packing(wanted: Wanted) -> Iterator[Report]:
+    """Yield a report for each number of bits, one model at a time in memory.
+
+    Unpacked, as a CPU has them by default, all would be the same model.
+    """
+    for bits in BITS:
+        yield _alone(wanted.with_(bits=str(bits), keep_quantized=True))
+        gc.collect()
+        mx.clear_cache()
+
+
+def _alone(wanted: Wanted) -> Report:
+    """Measure our engine in this process; cold starts before anything is loaded in it."""
+    given, console = wanted.given, wanted.console
+    cases = _cases(given, _config(wanted))
+    _require_common(cases, wanted.earlier)
+    cold = _cold(wanted, cases[0])
+    engine, about, once = _loaded(wanted)
+    if cold is not None:
+        once |= cold.series
+        if about.get("file_cache", cold.file_cache) != cold.file_cache:
+            about["file_cache"] = "unknown"
+    console.start("Describing model and machine")
+    report = run.describe(
+        engine,
+        cases,
+        runs=given["runs"],
+        warm_up_runs=given["warm_up"],
+        seed=given["seed"],
+        command=wanted.typed,
+        photo=given["photo"],
+        **about,
+    )
+    if wanted.baseline is not None:
+        require_comparable(report, wanted.baseline)
+    console.start("Warming up")
+    once["warm_up_ms"] = Series("ms", (engine.warm_up(),))
+    console.start("Measuring")
+    say = Countdown(console, (given["runs"] + given["warm_up"]) * len(cases))
+    report = dataclasses.replace(report, once=once)
+    return run.measure(report, engine, cases, photo=given["photo"], say=say)
+
+
+def _beside_mlx_vlm(wanted: Wanted) -> Measured:
+    """Measure our engine and mlx-vlm in turn, each in a process of its own."""
+    given, console = wanted.given, wanted.console
+    contenders = (OURS, mlx_vlm(given["peer_python"]))
+    with _subject(wanted) as subject:
+        cases = _cases(given, subject.config)
+        runs = given["runs"]
+        plan = Plan(
+            rounds=runs,
+            warm_up_runs=given["warm_up"],
+            second_turns=runs,
+            cold_runs=given["cold"] or 0,
+            photo=given["photo"],
+        )
+        console.start("Comparing")
+        say = Countdown(console, (runs + given["warm_up"]) * len(cases) * len(contenders))
+        found = compare(contenders, subject, cases, plan, command=wanted.typed, say=say)
+        quant = subject.config.quant
+        # On a CPU our engine unpacks weights.
+        packed = quant is not None and subject.weights.device == "gpu"
+        storage = Storage(
+            dtype=cast(DType, subject.weights.dtype),
+            bits=quant.bits if quant is not None and packed else 16,
+        )
+        ours = run.with_limits(found.reports[0], subject.config, storage)
+    reports = (ours, *found.reports[1:])
+    return Measured((ours,), dataclasses.replace(found, reports=reports))
+
+
+def _config(wanted: Wanted) -> ModelConfig:
+    """Return the model's sizes before it is loaded."""
+    given = wanted.given
+    if given["size"] is not None:
+        return synthetic_checkpoint(given["size"], _bits(given), seed=given["seed"]).config
+    return _stored(wanted).config
+
+
+def _stored(wanted: Wanted) -> Subject:
+    chosen = {name: wanted.given[name] for name in ("dtype", "device")}
+    wanted.console.start(f"Reading {wanted.given['model']}")
+    return stored_subject(wanted.given["model"], **chosen, **_callbacks(wanted.console))
+
+
+@contextmanager
+def _subject(wanted: Wanted) -> Iterator[Subject]:
+    """Give a folder that any runtime can load; random weights are written to a temporary one."""
+    given = wanted.given
+    if given["size"] is None:
+        yield _stored(wanted)
+        return
+    wanted.console.start("Writing random weights")
+    chosen = {name: given[name] for name in ("seed", "dtype", "device")}
+    with synthetic_subject(given["size"], _bits(given), **chosen) as subject:
+        yield subject
+
+
+def _cold(wanted: Wanted, case: Case) -> ColdStart | None:
+    """Start fresh processes, if that was asked for."""
+    given = wanted.given
+    if given["cold"] is None:
+        return None
+    with _subject(wanted) as subject:
+        wanted.console.start("Starting cold")
+        return cold_start(
+            subject.weights.folder,
+            case,
+            runs=given["cold"],
+            device=given["device"],
+            dtype=given["dtype"],
+            photo=given["photo"],
+            say=Countdown(wanted.console, given["cold"]),
+        )
+
+
+def _loaded(wanted: Wanted) -> tuple[Engine, dict[str, Any], dict[str, Series]]:
+    """Return the engine, what a report says of its weights, and how long loading took.
+
+    Random weights are made, not loaded: for them there is no time.
+    """
+    given, console = wanted.given, wanted.console
+    console.start("Loading")
+    tower = {name: given[name] for name in ("paired_heads", "low_memory")}
+    if given["size"] is not None:
+        bits = _bits(given)
+        names = ("device", "dtype", "keep_quantized", "memory_limit", "seed")
+        chosen = {name: given[name] for name in names}
+        engine = synthetic_engine(given["size"], bits, **chosen, **tower)
+        return engine, {"synthetic": True, "quantization": str(bits)}, {}
+    subject = _stored(wanted)
+    state = file_cache_state(sorted(subject.weights.folder.glob("*.safetensors")))
+    since = time.perf_counter()
+    engine = load_engine(given["model"], given, **_callbacks(console), **tower)
+    load_ms = (time.perf_counter() - since) * 1000
+    about = {"synthetic": False, "quantization": subject.quantization, "file_cache": state}
+    return engine, about, {"load_ms": Series("ms", (load_ms,))}
+
+
+def _bits(given: dict[str, Any]) -> int:
+    return int(given["bits"] or 16)
+
+
+def _callbacks(console: Console) -> dict[str, Any]:
+    return {
+        "say": lambda line: console.line(f"fastvlm: {line}"),
+        "progress": console.report,
+    }
+
+
+def _cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
+    """Return every combination of what was asked for, or the sweep's values where nothing was."""
+    defaults: dict[str, tuple[Any, ...]] = {
+        "resolution": (config.vision.image_size,),
+        "images": (1,),
+        "prompt": ("short",),
+    }
+    swept = {
+        "resolution": sweeps.RESOLUTIONS,
+        "images": sweeps.IMAGE_COUNTS,
+        "prompt": tuple(f"{count} words" for count in sweeps.PROMPT_WORDS),
+    }
+    if given["sweep"] in swept:
+        defaults[given["sweep"]] = swept[given["sweep"]]
+    chosen = [given[name] or default for name, default in defaults.items()]
+    return tuple(
+        Case(resolution=pixels, images=images, prompt=prompt, max_tokens=given["max_tokens"])
+        for pixels, images, prompt in product(*chosen)
+    )
+
+
+def _require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:
+    """Refuse a comparison that would end empty, before it is measured."""
+    there = [result.case for result in earlier.cases] if earlier is not None else []
+    if earlier is not None and not set(there) & set(cases):
+        names = "; ".join(case.name for case in there) or "none"
+        raise FastVLMError(f"no case of this run is in the result to compare with: it has {names}")
+
+
+class Countdown:
+    """Shows on the live line which run it is and about how long the rest will take."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console, self._total = console, total
+        self._begun = 0
+        self._since = 0.0
+
+    def __call__(self, line: str) -> None:
+        """Begin the next measurement: `line` says which, "run 3 of 10: …"; others do not count."""
+        log.info(line)
+        which, colon, what = line.partition(": ")
+        if not colon:
+            self._console.report(0, 0, line)
+            return
+        if not self._begun:
+            self._since = time.monotonic()
+        elif self._begun < self._total:
+            each = (time.monotonic() - self._since) / self._begun
+            seconds = round(each * (self._total - self._begun))
+            which += f", about {readable_seconds(seconds)} left"
+        self._begun += 1
+        self._console.report(0, 0, f"{which}: {what}")
+
+
+def readable_seconds(seconds: int) -> str:
+    """Return a time as people say it: 40 s, 3 min, 2 h 05 min."""
+    if seconds < 100:
+        return f"{seconds} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
