@@ -68,9 +68,10 @@ def synthetic_engine(
 ) -> Engine:
     """Return an engine of a preset's size with random weights, nothing read from a disk.
 
-    Device, dtype, how the tower runs and what a CPU does with packed weights are `load`'s. No token
-    ends an answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture
-    goes through the tower. Raises FastVLMError for another size, MemoryLimitError if it is too big.
+    Device, dtype and how the tower runs are `load`'s, and a CPU unpacks packed weights unless told
+    not to, here without asking whether both would fit. No token ends an answer, and no picture is
+    remembered: each answer has `max_tokens` tokens, each picture goes through the tower. Raises
+    FastVLMError for another size, MemoryLimitError if it is too big.
     """
     on_cpu = select_device(device).type == mx.DeviceType.cpu
     name = dtype or ("float32" if on_cpu else "bfloat16")
