@@ -38,9 +38,17 @@ def bits_of(model: ModelCard) -> str:
 
 
 def ordered(series: dict[str, Series]) -> list[str]:
-    """Return the names of some figures in the order of METRICS, unknown ones last."""
-    known = [name for name in METRICS if name in series]
-    return known + [name for name in series if name not in METRICS]
+    """Return the names of some figures in the order of METRICS, a cold start's parts after it.
+
+    What METRICS does not know comes last.
+    """
+    others = [name for name in series if name not in METRICS]
+    parts = [name for name in others if name.startswith(COLD)]
+    names: list[str] = []
+    for name in METRICS:
+        if name in series:
+            names += [name, *parts] if name == "cold_ttft_ms" else [name]
+    return names + [name for name in others if name not in names]
 
 
 def number(value: float) -> str:

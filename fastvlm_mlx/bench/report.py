@@ -95,7 +95,10 @@ def heading(report: Report) -> Iterator[str]:
         [
             f"{settings.runs} counted",
             f"{settings.warm_up_runs} before them left out",
-            "" if model.synthetic else f"file cache {settings.file_cache}",
+            # Random weights made in memory were in no file.
+            ""
+            if model.synthetic and settings.file_cache == "unknown"
+            else f"file cache {settings.file_cache}",
             f"seed {settings.seed}",
         ],
     )

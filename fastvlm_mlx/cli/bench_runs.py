@@ -123,8 +123,8 @@ def _alone(wanted: Wanted) -> Report:
     engine, about, once = _loaded(wanted)
     if cold is not None:
         once |= cold.series
-        if about.get("file_cache", cold.file_cache) != cold.file_cache:
-            about["file_cache"] = "unknown"
+        same = about.get("file_cache", cold.file_cache) == cold.file_cache
+        about["file_cache"] = cold.file_cache if same else "unknown"
     console.start("Describing model and machine")
     report = run.describe(
         engine,

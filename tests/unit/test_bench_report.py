@@ -172,4 +172,14 @@ def test_a_comparison_says_what_was_not_the_same() -> None:
 
 def test_the_file_caches_state_is_said_of_weights_that_were_read() -> None:
     assert "file cache cold" in table(made_report(synthetic=False, file_cache="cold"))
-    assert "file cache" not in table(made_report(synthetic=True))
+    assert "file cache" not in table(made_report(synthetic=True, file_cache="unknown"))
+
+
+def test_the_parts_of_a_cold_start_stand_below_it() -> None:
+    names = ("cold_weights_ms", "active_bytes", "cold_ttft_ms", "load_ms", "cold_start_ms")
+    once = {name: Series("bytes" if "bytes" in name else "ms", (5.0,)) for name in names}
+    lines = table(made_report(once=once)).splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("once a process"))
+    assert [line.split("  5")[0].rstrip() for line in lines[first + 1 : first + 6]] == [
+        "  load", "  cold TTFT", "    weights", "    start", "  MLX memory after loading",
+    ]  # fmt: skip
