@@ -1,7 +1,7 @@
 """What a piece of MLX code would compute, counted without running it; and what it waits for.
 
-Knows MLX's primitives by name, the rule by which Metal's backend picks a kernel for a convolution,
-and the calls by which Python waits for MLX. Knows no model: the tests count ours with it, and
+Knows MLX's primitives by name and the calls by which Python waits for MLX; which kernels Metal runs
+them with is in `metal_rules`. Knows no model: the tests count ours with it, and
 `peers/` counts other projects' code by the same rules.
 
 Two views of a lazy computation: `trace` (every primitive with shapes, dtypes and arguments;
@@ -24,6 +24,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
+
+from benchmarks.metal_rules import convolution
 
 # Primitives that only describe the same values anew. A reshape or a transposition may still copy.
 VIEWS = frozenset(
@@ -75,10 +77,14 @@ def graph(function: Callable[..., Any], *inputs: mx.array) -> Counter[str]:
     Its outputs must be arrays or a tuple of arrays. Nothing is evaluated but the inputs.
     """
     mx.eval(*inputs)
-    drawn = io.StringIO()
     with mx.stream(mx.cpu):
-        outputs = function(*inputs)
-        mx.export_to_dot(drawn, *(outputs if isinstance(outputs, tuple) else (outputs,)))
+        return names_drawn(function(*inputs))
+
+
+def names_drawn(outputs: mx.array | Sequence[mx.array]) -> Counter[str]:
+    """Count the primitives that lazy arrays would be computed by, by name."""
+    drawn = io.StringIO()
+    mx.export_to_dot(drawn, *((outputs,) if isinstance(outputs, mx.array) else outputs))
     return Counter(re.findall(r'label ="([^"]*)"', drawn.getvalue()))
 
 
@@ -120,38 +126,10 @@ def _compile(on: bool) -> None:
 def metal_kernel(conv: Primitive) -> str:
     """Name the kernel family that MLX's Metal backend would run a 2-D convolution with.
 
-    The rule is `dispatch_conv_2D_gpu` of mlx/backend/metal/conv.cpp. Versions differ in one point:
-    as read at 853e5479 the depthwise kernel also wants outputs of whole 8 x 8 tiles, at 846d1762
-    (0.32.2) it does not. The stricter is applied. Fast are "depthwise", "winograd", and
-    "implicit_gemm" of an ungrouped convolution.
+    The rule is in `metal_rules.convolution`. Fast are "depthwise", "winograd", and "implicit_gemm"
+    of an ungrouped convolution.
     """
-    (_, height, width, inputs), (outputs, kh, kw, _) = conv.inputs[0][0], conv.inputs[1][0]
-    out_height, out_width = conv.shape[1:3]
-    strides, _, _, dilation, input_dilation, groups, flip = conv.arguments
-    plain = all(d == 1 for d in dilation) and all(d == 1 for d in input_dilation)
-    if groups > 1:
-        per_in, per_out = inputs // groups, outputs // groups
-        small = max(kh, kw) <= 7 and max(strides) <= 2
-        tiled = out_height % 8 == 0 and out_width % 8 == 0 and inputs % 16 == 0
-        if per_in == per_out == 1 and plain and small and tiled:
-            return "depthwise"
-        if _narrow(per_in, 4) and _narrow(per_out, 16):
-            return "implicit_gemm_grouped"
-        return "explicit_gemm_grouped"
-    wide = inputs % 32 == 0 and outputs % 32 == 0 and inputs + outputs >= 256
-    large = conv.inputs[0][0][0] * height * width >= 4096
-    if plain and not flip and kh == kw == 3 and max(strides) == 1 and wide and large:
-        return "winograd"
-    if _narrow(inputs, 4) and _narrow(outputs, 16):
-        return "implicit_gemm"
-    whole = inputs % 16 == 0 and outputs % 16 == 0
-    if whole or conv.shape[0] * out_height * out_width >= 256:
-        return "implicit_gemm_general"
-    return "explicit_gemm"
-
-
-def _narrow(channels: int, most: int) -> bool:
-    return channels <= most or channels % 16 == 0
+    return convolution.family(conv.inputs[0][0], conv.inputs[1][0], conv.shape, conv.arguments)
 
 
 def is_pointwise(conv: Primitive) -> bool:
