@@ -31,7 +31,9 @@ class Launches:
 
     def of(self, array: Array) -> Layout:
         """Return how an array lies."""
-        return self.layouts.setdefault(array.name, Layout.row(array.shape))
+        if array.name not in self.layouts:
+            self.layouts[array.name] = Layout.row(array.shape)
+        return self.layouts[array.name]
 
     def put(self, operation: Operation, *layouts: Layout) -> None:
         """Keep how an operation's outputs lie."""

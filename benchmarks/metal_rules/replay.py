@@ -10,7 +10,6 @@ from benchmarks.metal_rules.calls import CALLS
 from benchmarks.metal_rules.chips import Chip
 from benchmarks.metal_rules.kernels import Kernel
 from benchmarks.metal_rules.launches import Launches
-from benchmarks.metal_rules.layout import Layout
 from benchmarks.metal_rules.operations import ELEMENTWISE, RULES
 from benchmarks.metal_rules.standins import Operation, Trace
 
@@ -30,7 +29,7 @@ def _run(at: Launches, o: Operation) -> None:
         raise UnknownRule(f"no rule for MLX's {o.name} {o.arguments}")
     rule(at, o)
     for array in o.outputs:
-        at.layouts.setdefault(array.name, Layout.row(array.shape))
+        at.of(array)
 
 
 def _add_merged(at: Launches) -> None:

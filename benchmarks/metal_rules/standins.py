@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import mlx.core as mx
@@ -119,6 +120,7 @@ class _Calls:
         return call
 
 
+@cache
 def _hollow(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     made = mx.broadcast_to(mx.array(0, dtype=dtype), shape)
     mx.eval(made)
