@@ -1,9 +1,9 @@
-"""The measuring loop: warm up apart, then every case of every runtime in turn, run after run.
+"""The measuring loop: warm up apart, then every case in turn, run after run.
 
-Cases interleave, so that a machine that heats up slows all of them alike, and each round begins
-with another runtime. TTFT is from an unfenced call with paths; the stages are from another,
-profiled, call. Knows no statistics (`results.py` has them) and prints nothing: `say` hears what is
-going on. Nothing is written, so an interrupted run leaves nothing behind.
+Cases interleave, so that a machine that heats up slows all of them alike. TTFT is from an unfenced
+call with paths; the stages are from another, profiled, call. Knows no statistics (`results.py` has
+them) and prints nothing: `say` hears what is going on. Only pictures are written, into a temporary
+folder, so an interrupted run leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from fastvlm_mlx.bench.inputs import FOLLOW_UP, InputFiles, input_files, prompt_text
 from fastvlm_mlx.bench.results import METRICS, STAGES, Case, CaseResult, Series
@@ -50,40 +49,11 @@ class Measured:
     cpu_s: float
 
 
-class Runtime(Protocol):
-    """Something that answers, loaded: ours here, others behind a process.
-
-    Each method answers the case's prompt about its files, greedily, in exactly `max_tokens` tokens,
-    with nothing remembered of the calls before.
-    """
-
-    @property
-    def name(self) -> str:
-        """What the report calls it."""
-
-    def prepare(self, case: Case) -> None:
-        """Make the case's files; refuse, as a FastVLMError, a case that does not fit the model."""
-
-    def ttft(self, case: Case) -> Measured:
-        """Answer unfenced."""
-
-    def profile(self, case: Case) -> dict[str, float]:
-        """Answer fenced; return stages by METRICS' names, {} if this runtime has none."""
-
-    def second_turn(self, case: Case) -> Measured:
-        """Answer the case in FIRST_ANSWER_TOKENS, then FOLLOW_UP after it; return the latter."""
-
-    def resident_bytes(self) -> int | None:
-        """Memory its process holds now; None if it cannot be known."""
-
-    def close(self) -> None:
-        """Let everything go."""
-
-
 class OurRuntime:
-    """This engine. Its answers never end early, and it remembers no picture."""
+    """This engine, with its own weights and no memory of calls before: each is measured anew.
 
-    name = "fastvlm-mlx"
+    It answers a case's prompt about its files, greedily, in exactly `max_tokens` tokens.
+    """
 
     def __init__(self, engine: Engine, files: InputFiles) -> None:
         pipeline = dataclasses.replace(
@@ -150,13 +120,6 @@ class OurRuntime:
             raise RuntimeError("the second turn reused nothing of the first")
         return _measured(answer, cpu_s)
 
-    def resident_bytes(self) -> int:
-        """Memory this process holds now."""
-        return resident_bytes()
-
-    def close(self) -> None:
-        """Nothing is held beyond the engine, which is the caller's."""
-
 
 def _measured(answer: Generation, cpu_s: float) -> Measured:
     stats = answer.stats
@@ -182,13 +145,12 @@ def _require(stats: Stats, *, encoded: int, generated: int) -> None:
 
 @dataclass(slots=True)
 class Tally:
-    """What one runtime took for one case so far; `token_ids` are the first measured answer's."""
+    """What one case took so far; `token_ids` and `prompt_tokens` are the latest answer's."""
 
     case: Case
     values: dict[str, list[float]] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
     prompt_tokens: int = 0
-    cpu_s: list[float] = field(default_factory=list)
 
     def add(self, **figures: float | None) -> None:
         """Add one run's figures by METRICS' names; None is no figure."""
@@ -211,81 +173,52 @@ class Tally:
         )
 
 
-def measure_once(runtime: Runtime, tally: Tally, *, profile: bool, second_turn: bool) -> None:
-    """Run one case once in each way asked for, and add what it took to its tally."""
-    case = tally.case
-    measured = runtime.ttft(case)
-    if not tally.cpu_s:
-        tally.token_ids, tally.prompt_tokens = measured.token_ids, measured.prompt_tokens
-    tally.cpu_s.append(measured.cpu_s)
-    tally.add(
-        ttft_ms=measured.ttft_ms,
-        decode_tps=measured.decode_tps,
-        peak_bytes=measured.peak_bytes,
-        resident_bytes=runtime.resident_bytes(),
-    )
-    if profile:
-        tally.add(**runtime.profile(case))
-    if second_turn:
-        tally.add(second_turn_ttft_ms=runtime.second_turn(case).ttft_ms)
-
-
-def run_interleaved(
-    runtimes: Sequence[Runtime],
-    cases: Sequence[Case],
-    *,
-    runs: int,
-    warm_up_runs: int,
-    profile: bool = True,
-    second_turn: bool = False,
-    say: Say = lambda _: None,
-) -> list[list[Tally]]:
-    """Measure every case in every runtime; return tallies by runtime, then by case.
-
-    Warm-up is all that a run is, its figures forgotten. Raises FastVLMError before anything runs if
-    a case does not fit a runtime, or there is nothing to measure.
-    """
-    if runs < 1 or warm_up_runs < 0 or not cases or not runtimes:
-        raise FastVLMError("nothing is measured: give at least one case and one run")
-    for runtime in runtimes:
-        for case in cases:
-            runtime.prepare(case)
-    tallies = [[Tally(case) for case in cases] for _ in runtimes]
-    for run in range(-warm_up_runs, runs):
-        what = f"run {run + 1} of {runs}" if run >= 0 else f"warm-up {run + warm_up_runs + 1}"
-        for index, case in enumerate(cases):
-            for turn in range(len(runtimes)):
-                place = (turn + run) % len(runtimes)
-                runtime = runtimes[place]
-                say(f"{what}: {runtime.name}, {case.name}")
-                tally = tallies[place][index] if run >= 0 else Tally(case)
-                measure_once(runtime, tally, profile=profile, second_turn=second_turn)
-    return tallies
-
-
 def run_cases(
     engine: Engine,
     cases: Sequence[Case],
     *,
     runs: int,
     warm_up_runs: int,
-    profile: bool = True,
     second_turn: bool = False,
     photo: bool = False,
     say: Say = lambda _: None,
 ) -> tuple[CaseResult, ...]:
-    """Measure this engine alone; `photo` gives it 12-megapixel files. Errors: `run_interleaved`."""
+    """Measure every case `runs` times, after `warm_up_runs` that are all a run is but counted.
+
+    `photo` makes every picture a 12-megapixel file. Raises FastVLMError before anything runs if a
+    case does not fit the model, or there is nothing to measure.
+    """
+    if runs < 1 or warm_up_runs < 0 or not cases:
+        raise FastVLMError("nothing is measured: give at least one case and one run")
+    tallies = [Tally(case) for case in cases]
     with input_files(photo=photo) as files:
-        tallies = run_interleaved(
-            [OurRuntime(engine, files)],
-            cases,
-            runs=runs,
-            warm_up_runs=warm_up_runs,
-            profile=profile,
-            second_turn=second_turn,
-            say=say,
-        )
-    return tuple(tally.result(image_tokens(engine, tally.case)) for tally in tallies[0])
+        runtime = OurRuntime(engine, files)
+        for case in cases:
+            runtime.prepare(case)
+        for run in range(-warm_up_runs, runs):
+            warming = run < 0
+            what = f"warm-up {run + warm_up_runs + 1}" if warming else f"run {run + 1} of {runs}"
+            for tally in tallies:
+                say(f"{what}: {tally.case.name}")
+                counted = Tally(tally.case) if warming else tally
+                _measure_once(runtime, counted, second_turn=second_turn)
+    return tuple(tally.result(image_tokens(engine, tally.case)) for tally in tallies)
+
+
+def _measure_once(runtime: OurRuntime, tally: Tally, *, second_turn: bool) -> None:
+    """Run one case once in each way asked for, and add what it took to its tally."""
+    case = tally.case
+    measured = runtime.ttft(case)
+    tally.token_ids, tally.prompt_tokens = measured.token_ids, measured.prompt_tokens
+    tally.add(
+        ttft_ms=measured.ttft_ms,
+        decode_tps=measured.decode_tps,
+        peak_bytes=measured.peak_bytes,
+        resident_bytes=resident_bytes(),
+    )
+    tally.add(**runtime.profile(case))
+    if second_turn:
+        tally.add(second_turn_ttft_ms=runtime.second_turn(case).ttft_ms)
 
 
 def image_tokens(engine: Engine, case: Case) -> int:

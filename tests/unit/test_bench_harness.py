@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastvlm_mlx.bench import harness
-from fastvlm_mlx.bench.harness import Measured, OurRuntime, run_cases, run_interleaved
+from fastvlm_mlx.bench.harness import OurRuntime, run_cases
 from fastvlm_mlx.bench.inputs import InputFiles, input_files
 from fastvlm_mlx.bench.results import METRICS, STAGES, Case
 from fastvlm_mlx.bench.synthetic import synthetic_engine
@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_prompt_the_pictures_and_the_answer(engine: Engi
 
 def test_cases_take_turns_so_that_heat_falls_on_all(engine: Engine) -> None:
     said: list[str] = []
-    run_cases(engine, [ONE, TWO], runs=2, warm_up_runs=0, profile=False, say=said.append)
+    run_cases(engine, [ONE, TWO], runs=2, warm_up_runs=0, say=said.append)
     assert [ONE.name in line for line in said] == [True, False, True, False]
 
 
@@ -142,7 +142,7 @@ def test_the_second_turn_reads_the_first_from_the_cache(engine: Engine) -> None:
 
 def test_one_token_has_no_rate(engine: Engine) -> None:
     case = dataclasses.replace(ONE, max_tokens=1)
-    (result,) = run_cases(engine, [case], runs=1, warm_up_runs=0, profile=False)
+    (result,) = run_cases(engine, [case], runs=1, warm_up_runs=0)
     assert "decode_tps" not in result.series and "ttft_ms" in result.series
 
 
@@ -185,51 +185,8 @@ def test_an_interrupted_run_leaves_no_files(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_cases(engine, [ONE], runs=3, warm_up_runs=0, profile=False, say=interrupt)
+        run_cases(engine, [ONE], runs=3, warm_up_runs=0, say=interrupt)
     assert not list(tmp_path.iterdir())
-
-
-class Recorded:
-    """A runtime that only writes down what it is asked."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log = name, log
-
-    def prepare(self, case: Case) -> None:
-        self.log.append(f"{self.name} prepare")
-
-    def ttft(self, case: Case) -> Measured:
-        self.log.append(f"{self.name} ttft")
-        return Measured(
-            ttft_ms=float(len(self.log)),
-            decode_tps=None,
-            peak_bytes=None,
-            token_ids=(len(self.log),),
-            prompt_tokens=1,
-            cpu_s=0.5,
-        )
-
-    def profile(self, case: Case) -> dict[str, float]:
-        return {}
-
-    def second_turn(self, case: Case) -> Measured:
-        return self.ttft(case)
-
-    def resident_bytes(self) -> int | None:
-        return None
-
-    def close(self) -> None:
-        pass
-
-
-def test_runtimes_take_turns_to_begin_and_keep_their_first_ids() -> None:
-    log: list[str] = []
-    a, b = Recorded("a", log), Recorded("b", log)
-    tallies = run_interleaved([a, b], [ONE], runs=3, warm_up_runs=0)
-    assert log[2:] == [f"{name} ttft" for name in ("a", "b", "b", "a", "a", "b")]
-    assert [tally.values["ttft_ms"] for (tally,) in tallies] == [[3, 6, 7], [4, 5, 8]]
-    assert [tally.token_ids for (tally,) in tallies] == [(3,), (4,)]
-    assert "peak_bytes" not in tallies[0][0].values
 
 
 def test_resident_memory_is_what_is_held_now_not_the_most_ever() -> None:
