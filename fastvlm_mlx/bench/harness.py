@@ -50,7 +50,7 @@ class Measured:
 
 
 class OurRuntime:
-    """This engine, with its own weights and no memory of calls before: each is measured anew.
+    """An engine whose answers never end early, and that remembers nothing of the calls before.
 
     It answers a case's prompt about its files, greedily, in exactly `max_tokens` tokens.
     """
