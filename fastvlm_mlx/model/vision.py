@@ -8,7 +8,7 @@ Source: apple/ml-fastvlm `mci.py` (`fastvithd`), timm `fastvit_mci3`; arXiv 2412
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -200,6 +200,7 @@ class FastViTHD(nn.Module):
     `paired_heads` takes the weights of `fuse.pair_heads`; raises ConfigError for a stage with an
     odd number of heads. `low_memory` evaluates step by step and gives each freed buffer back at
     once: the same features, bit for bit, for far less memory and a wait after each step.
+    `form` is another way through the same weights (`cpu_tower.features`), None for this file's.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class FastViTHD(nn.Module):
             _check_pairs(config)
         self.config = config
         self.low_memory = low_memory
+        self.form: Callable[[FastViTHD, mx.array], mx.array] | None = None
         self.stem = Stem(config.embed_dims[0])
         self.stages = [
             Stage(config, i, paired_heads=paired_heads) for i in range(len(config.layers))
@@ -222,8 +224,30 @@ class FastViTHD(nn.Module):
         The pixels' 1/255 is inside the stem's weights. Raises ConfigError for a size off the grid.
         """
         tokens = self.config.tokens(pixels.shape[1], pixels.shape[2])
-        run = _run_one_by_one if self.low_memory else _run
-        return run(self.steps(), pixels).reshape(pixels.shape[0], tokens, self.config.out_dim)
+        features = self._in_little_memory(pixels) if self.low_memory else self._features(pixels)
+        return features.reshape(pixels.shape[0], tokens, self.config.out_dim)
+
+    def _features(self, pixels: mx.array) -> mx.array:
+        if self.form is not None:
+            return self.form(self, pixels)
+        x = pixels
+        for step in self.steps():
+            x = step(x)
+            if self.low_memory:
+                mx.eval(x)
+        return x
+
+    def _in_little_memory(self, pixels: mx.array) -> mx.array:
+        """Return the features, evaluated, with no more in memory than one step needs.
+
+        MLX allocates for many steps ahead of the one that is running, and keeps what is freed for
+        later use; neither is lived with here.
+        """
+        mx.clear_cache()
+        with nothing_cached():
+            features = self._features(pixels)
+            mx.eval(features)
+        return features
 
     def steps(self) -> Iterator[Step]:
         """Yield what is applied to the pixels one after the other, each a function of one array."""
@@ -237,26 +261,6 @@ class FastViTHD(nn.Module):
         dtype = self.stem.weight.dtype
         x = pixels.astype(dtype)
         return x * FLOAT16_PIXEL_SCALE if dtype == mx.float16 else x
-
-
-def _run(steps: Iterable[Step], x: mx.array) -> mx.array:
-    for step in steps:
-        x = step(x)
-    return x
-
-
-def _run_one_by_one(steps: Iterable[Step], x: mx.array) -> mx.array:
-    """Run with no more in memory than one step needs.
-
-    MLX allocates for many steps ahead of the one that is running, and keeps what is freed for
-    later use; neither is lived with here.
-    """
-    mx.clear_cache()
-    with nothing_cached():
-        for step in steps:
-            x = step(x)
-            mx.eval(x)
-    return x
 
 
 def _check_pairs(config: VisionConfig) -> None:
