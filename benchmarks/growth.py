@@ -47,7 +47,7 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 SIDES = (256, 384, 512, 640, 768, 1024)
 TOKENS = (32, 64, 128, 256, 512, 1024)
 # 16 short of where mlx-lm's buffers grow, by a copy, so that no measured step does.
-CONTEXTS = (240, 496, 1008, 2032, 4080)
+CONTEXTS = (240, 1008, 2032, 4080, 8176)
 TERMS = {
     "vision": ("constant", "linear", "square"),
     "prefill": ("constant", "linear", "square"),
@@ -173,6 +173,10 @@ def main() -> None:
     parser.add_argument("--low-memory", action="store_true", help="the tower, step by step")
     parser.add_argument("--save", type=Path, metavar="FOLDER")
     options = parser.parse_args()
+    sizes = {"vision": options.sides, "prefill": options.tokens, "decode": options.contexts}
+    for kind, given in sizes.items():
+        if len(given) < len(TERMS[kind]):
+            parser.error(f"{kind} needs {len(TERMS[kind])} sizes or more, to fit its terms")
     engine = synthetic_engine(options.size, device=options.device, dtype=options.dtype)
     model = engine.pipeline.model
     model.vision.low_memory = options.low_memory
