@@ -84,6 +84,15 @@ def tower_comparisons(model: FastVLM, size: int) -> Iterator[Comparison]:
     if mx.default_device().type == mx.DeviceType.gpu:  # on a CPU the engine turns compiling off
         advice = f"{CHANGE}vision.py, FastViTHD"
         yield of_tower("tower: one mx.compile around it", mx.compile(whole), advice)
+    if tower.form is not None:  # a CPU in float32: the engine goes another way
+        advice = f"{CHANGE}fastvlm.py, use_cpu_forms"
+        yield Comparison(
+            "tower: as a GPU runs it",
+            lambda: tower(pixels),
+            lambda: whole(pixels),
+            advice,
+            tolerance,
+        )
     low = tower_variants.step_by_step(tower)
     yield Comparison(
         "tower: low-memory mode",

@@ -74,6 +74,7 @@ def step_by_step(tower: FastViTHD) -> FastViTHD:
     """Return the tower as `load(..., low_memory=True)` makes it, its weights shared."""
     low = FastViTHD(tower.config, low_memory=True)
     low.load_weights(tree_flatten(tower.parameters()), strict=True)
+    low.form = tower.form
     return low
 
 

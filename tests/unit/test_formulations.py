@@ -126,7 +126,7 @@ def test_1x1_convolutions_miss_the_gemms_epilogue(real: FastViTHD) -> None:
 def test_primitives_of_a_block(
     real: FastViTHD, name: str, stage: int, ours: int, other: int
 ) -> None:
-    """On a CPU: `mx.fast.layer_norm` is one kernel on Metal, nine primitives here, and ten by hand."""
+    """`mx.fast.layer_norm` is one kernel on Metal, nine primitives on a CPU, ten by hand."""
     block = real.stages[stage].blocks[0]
     x = mx.zeros((1, 16, 16, VisionConfig().embed_dims[stage]))
     with compiling(True):
