@@ -158,7 +158,7 @@ def test_an_nvidia_gpu_is_read_and_its_absence_is_empty() -> None:
 
 def test_the_blas_is_the_global_openblas_and_not_numpys_own() -> None:
     lines = [
-        "7f00-7f01 r-xp 0 fe:00 1  /env/numpy.libs/libopenblas64_p-r0-0cf96a72.3.23.dev.so",
+        "7f00-7f01 r-xp 0 fe:00 1  /env/numpy.libs/libopenblasp-r0.3.27.so",
         "7f02-7f03 r-xp 0 fe:00 2  /usr/lib/openblas-pthread/libopenblasp-r0.3.21.so",
         "7f04-7f05 rw-p 0 00:00 0",
     ]
