@@ -98,9 +98,9 @@ def compare(
         turns.take()
         running.close()
         measured = [runtime for runtime in runtimes if turns.beyond[runtime.name][0]]
-        names = [runtime.name for runtime in measured]
+        alive = [runtime.name for runtime in turns.runtimes]
         cold = start_in_turn(
-            [contender for contender in contenders if contender.name in names],
+            [contender for contender in contenders if contender.name in alive],
             subject.weights,
             plan.cold or cases[0],
             files,
@@ -119,7 +119,7 @@ def compare(
             dataclasses.replace(
                 _card(runtime, runtimes[0], subject, settings, command),
                 cases=_results(turns, runtime),
-                once=_once(runtime) | _series(cold[runtime.name]),
+                once=_once(runtime) | _series(cold.get(runtime.name, {})),
             )
             for runtime in measured
         ]
@@ -176,7 +176,8 @@ def compare_with_file(ours: Report, path: Path) -> Comparison:
     for what, (one, two) in facts.items():
         if one != two:
             raise FastVLMError(
-                f"{path} cannot be compared: its {what} is {two or 'unknown'}, not {one}"
+                f"{path} cannot be compared: its {what} is {two or 'unknown'}, "
+                f"not {one or 'unknown'}"
             )
     there = {result.case for result in theirs.cases}
     missing = [result.case.name for result in ours.cases if result.case not in there]
