@@ -182,7 +182,7 @@ def comparison_bars(ours: Report, *theirs: Report, interleaved: bool) -> bytes |
             results = [[one[case] for case in drawn] for one in found]
             _compared(axes, name, reports, results, interleaved)
         figure.legend(*rows[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-        _title(figure, "The same work in each runtime, medians", ours)
+        _title(figure, "The same work side by side, medians", ours)
 
     bars = len(panels) * (0.6 + 0.22 * len(shared) * len(reports))
     return _png(draw, height=1.6 + bars)
@@ -196,19 +196,22 @@ def _compared(
     interleaved: bool,
 ) -> None:
     """Draw one figure's panel: `results` has a list of cases for each report."""
+    same_runtime = len({report.runtime for report in reports}) == 1  # then models differ
     height = 0.8 / len(reports)
     mine = results[0]
     for side, (report, cases) in enumerate(zip(reports, results, strict=True)):
         rows = [row + (side - (len(reports) - 1) / 2) * height for row in range(len(cases))]
         bars = axes.barh(
             rows, [case.series[name].median for case in cases], height=height * 0.92,
-            color=_SIDES[side % len(_SIDES)], label=report.runtime,
+            color=_SIDES[side % len(_SIDES)],
+            label=report.model.name if same_runtime else report.runtime,
         )  # fmt: skip
         words = []
         for case, own in zip(cases, mine, strict=True):
             series = case.series[name]
             against = ratio(own.series[name], series, interleaved=interleaved)
-            times = f", ours {against.median:.2f}x" if side and against is not None else ""
+            whose = "the first" if same_runtime else "ours"
+            times = f", {whose} {against.median:.2f}x" if side and against is not None else ""
             words.append(f" {shown(series.median, series.unit)}{times}")
         axes.bar_label(bars, words, fontsize=8)
     axes.set_yticks(range(len(mine)), [_short(result, mine) for result in mine])

@@ -14,6 +14,7 @@ from fastvlm_mlx.bench.figures import label_of, metric_of, ordered, shown
 from fastvlm_mlx.bench.results import Better, Report, Series, Unit
 
 WIDTH = 80
+_ROUNDS = 3  # fewer agree by chance too often
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ def ratio(ours: Series, theirs: Series, *, interleaved: bool) -> Ratio | None:
 
 
 def verdict(found: Ratio, better: Better, unit: Unit) -> str:
-    """Return which side wins if every round says so; "" where rounds disagree or there are none."""
-    if found.lowest is None or found.highest is None:
+    """Return which side wins if every round says so; "" where rounds disagree or are too few."""
+    if found.lowest is None or found.highest is None or found.rounds < _ROUNDS:
         return ""
     good, bad = ("smaller", "larger") if unit == "bytes" else ("faster", "slower")
     low, high = found.lowest, found.highest

@@ -12,6 +12,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,33 @@ def test_ratios_to_a_saved_result_stand_below_the_table(run: Run, whole: Whole) 
     assert "ratio: ours / theirs, of medians of runs apart" in ran.out
 
 
+@pytest.mark.slow
+def test_a_cold_start_is_measured_in_processes_of_its_own_part_by_part(run: Run) -> None:
+    ran = run("bench", "--model", "demo", *QUICK, "--resolution", 64, "--cold", 2, "--json")
+    once = Report.from_json(json.loads(ran.out)).once
+    parts = ("start", "command_import", "engine_import", "open", "weights", "first_answer")
+    series = [once[f"cold_{part}_ms"].values for part in parts]
+    for total, *split in zip(once["cold_ttft_ms"].values, *series, strict=True):
+        assert total == pytest.approx(sum(split))
+    assert once["cold_ttft_ms"].n == 2
+
+
+@pytest.mark.skipif(find_spec("mlx_vlm") is not None, reason="mlx-vlm is installed here")
+def test_mlx_vlm_that_is_not_there_is_refused_before_weights_are_written(run: Run) -> None:
+    message = run("bench", "--size", "7b", "--compare", "mlx-vlm").refused()
+    assert "--peer-python" in message
+
+
+def test_a_result_without_a_case_of_this_run_is_refused_before_measuring(
+    run: Run, whole: Whole
+) -> None:
+    ran = run(
+        "bench", "--model", "demo", "--runs", 100_000, "--resolution", 192,
+        "--compare", whole.saved,
+    )  # fmt: skip
+    assert "no case of this run" in ran.refused() and "128 px, 1 image" in ran.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,7 +234,9 @@ def test_ratios_to_a_saved_result_stand_below_the_table(run: Run, whole: Whole) 
         (("--size", "demo", "--vision-from", "x"), "leave out --vision-from"),
         (("--sweep", "quantization"), "needs --size"),
         (("--sweep", "quantization", "--size", "demo", "--bits", "4"), "leave out --bits"),
-        (("--peer-python", "python"), "needs --compare mlx-vlm"),
+        (("--peer-python", sys.executable), "needs --compare mlx-vlm"),
+        (("--compare", "mlx-vlm", "--peer-python", "none"), "'none' does not exist"),
+        (("--compare", "mlx-vlm", "--paired-heads"), "leave out --paired-heads"),
         (("--tolerance", "0.1"), "needs --check"),
         (("--compare", "none.json"), "none.json: no such file"),
         (("--compare", ""), "--compare needs"),

@@ -64,6 +64,14 @@ def test_a_plot_without_its_figures_is_left_out(report: Report, names: list[str]
     assert list(plots.draw_all(report)) == names
 
 
+def test_models_of_one_runtime_are_named_by_model() -> None:
+    """A sweep of bits: bars called after the runtime would all have one name."""
+    ours, theirs = (made_report(name=name) for name in ("16 bits", "4 bits"))
+    drawn = plots.comparison_bars(ours, theirs, interleaved=False)
+    other = plots.comparison_bars(ours, made_report(name="8 bits"), interleaved=False)
+    assert drawn is not None and drawn != other
+
+
 def test_no_case_in_common_is_no_comparison() -> None:
     other = made_report(made_case(1536), runtime="mlx-vlm 0.7.10")
     assert plots.comparison_bars(made_report(), other, interleaved=True) is None

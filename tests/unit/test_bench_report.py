@@ -143,9 +143,12 @@ def test_a_ratio_of_interleaved_rounds_is_the_rounds_and_has_their_spread() -> N
 
 
 def test_a_word_is_said_only_where_every_round_agrees() -> None:
-    below = ratio(Series("ms", (1.0, 1.0)), Series("ms", (2.0, 3.0)), interleaved=True)
-    mixed = ratio(Series("ms", (1.0, 4.0)), Series("ms", (2.0, 3.0)), interleaved=True)
-    assert below is not None and mixed is not None
+    theirs = Series("ms", (2.0, 3.0, 2.0))
+    below = ratio(Series("ms", (1.0, 1.0, 1.0)), theirs, interleaved=True)
+    mixed = ratio(Series("ms", (1.0, 4.0, 1.0)), theirs, interleaved=True)
+    single = ratio(Series("ms", (1.0,)), Series("ms", (2.0,)), interleaved=True)
+    assert below is not None and mixed is not None and single is not None
+    assert verdict(single, "lower", "ms") == ""
     assert verdict(below, "lower", "ms") == "faster"
     assert verdict(below, "higher", "tokens/s") == "slower"
     assert verdict(below, "lower", "bytes") == "smaller"
