@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import mlx.core as mx
@@ -23,6 +24,7 @@ from benchmarks.growth_points import (
     prefill_bound,
     tower_bound,
 )
+from fastvlm_mlx.backend import select_device
 from fastvlm_mlx.bench.costs import Storage
 from fastvlm_mlx.bench.machine import machine_card
 from fastvlm_mlx.bench.synthetic import synthetic_engine
@@ -35,8 +37,17 @@ from tests.unit.test_bench_limits import traced_flops
 FLOAT32 = Storage(dtype="float32")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu() -> Iterator[None]:
+    """The bounds on memory are those of MLX's CPU backend."""
+    before = mx.default_device().type
+    select_device("cpu")
+    yield
+    select_device("cpu" if before == mx.DeviceType.cpu else "gpu")
+
+
 @pytest.fixture(scope="module")
-def model() -> FastVLM:
+def model(on_a_cpu: None) -> FastVLM:
     """The demo's sizes in the forms that a GPU runs, which the formulas count."""
     model = synthetic_engine("demo", device="cpu").pipeline.model
     model.vision.form = None
