@@ -64,6 +64,7 @@ def load_model(
     paired_heads: bool = False,
     low_memory: bool = False,
     fuse_decoder: bool = True,
+    cpu_forms: bool = True,
     progress: Progress | None = None,
 ) -> FastVLM:
     """Read, fold and cast every weight; return the model, evaluated.
@@ -71,7 +72,8 @@ def load_model(
     A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
     `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `fuse_decoder=False` keeps
-    mlx-lm's layers as they are, to compare with. `progress` gets (bytes read, bytes in all).
+    mlx-lm's layers, `cpu_forms=False` the tower's plain form on a CPU in float32 too
+    (`FastVLM.use_cpu_forms`): to compare with. `progress` gets (bytes read, bytes in all).
     Raises CheckpointMismatch for tensors that do not fit, CheckpointError for a file that cannot
     be read and ConfigError for heads that cannot be paired.
     """
@@ -91,6 +93,8 @@ def load_model(
     if fuse_decoder:
         with nothing_cached():
             model.decoder.fuse()
+    if cpu_forms and dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
+        model.use_cpu_forms()
     model.eval()
     return model
 

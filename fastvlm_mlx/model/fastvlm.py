@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.model import cpu_tower
 from fastvlm_mlx.model.decoder import Decoder
 from fastvlm_mlx.model.projector import Projector
 from fastvlm_mlx.model.vision import FastViTHD
@@ -104,6 +105,10 @@ class FastVLM(nn.Module):
         self.vision = FastViTHD(config.vision, paired_heads=paired_heads, low_memory=low_memory)
         self.projector = Projector(config.projector)
         self.decoder = Decoder(config.decoder, dtype=dtype)
+
+    def use_cpu_forms(self) -> None:
+        """Run the tower as a CPU likes it in float32: the same weights, features to about 1e-6."""
+        self.vision.form = cpu_tower.features
 
     def encode_image(self, pixels: mx.array) -> mx.array:
         """Return projected features [B, tokens, hidden] of `pixels` [B,H,W,3] uint8."""
