@@ -65,7 +65,8 @@ def _decode(hint: Any, value: Any) -> Any:
 def _check_types(config: _JsonConfig) -> None:
     """Raise ConfigError for a field whose value is not of its annotation's type.
 
-    Every number in these configs counts or scales something, so zero and less are wrong too.
+    Every number in these configs counts or scales something, so zero and less are wrong too. Whole
+    numbers where a fraction may stand become fractions: 4 and 4.0 are one config, in JSON too.
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -78,6 +79,8 @@ def _check_types(config: _JsonConfig) -> None:
         for item in value if many else (value,):
             if not is_kind(kind, item):
                 raise ConfigError(f"{name} must be {KINDS[kind]}, not {item!r}")
+        if kind is float:
+            object.__setattr__(config, name, tuple(map(float, value)) if many else float(value))
 
 
 KINDS: dict[type, str] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 import zlib
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 
 import fastvlm_mlx
 from fastvlm_mlx.checkpoint.store import open_checkpoint
+from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.model import fingerprint as module
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.fingerprint import fingerprint
@@ -243,3 +245,9 @@ def test_it_keeps_no_memory_and_takes_little(model: FastVLM) -> None:
     fingerprint(model)
     assert mx.get_active_memory() <= before
     assert mx.get_peak_memory() - before <= 64 << 20
+
+
+def test_a_whole_number_and_a_fraction_are_one_config_in_json_too() -> None:
+    """A converted folder spells 4.0 as 4; its model had another fingerprint than its source."""
+    whole, fraction = VisionConfig(mlp_ratios=(4,) * 5), VisionConfig(mlp_ratios=(4.0,) * 5)
+    assert json.dumps(whole.to_json()) == json.dumps(fraction.to_json())
