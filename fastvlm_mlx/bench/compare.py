@@ -13,10 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bench.files import read_report
 from fastvlm_mlx.bench.harness import Say, Tally
 from fastvlm_mlx.bench.inputs import input_files
 from fastvlm_mlx.bench.peer import PICTURE_ID
@@ -159,31 +157,37 @@ def same_ids(what: str, ours: Sequence[int], theirs: Sequence[int]) -> str:
     return f"same {what}, {len(ours)} ids"
 
 
-def compare_with_file(ours: Report, path: Path) -> Comparison:
+def compare_with_earlier(ours: Report, earlier: Report) -> Comparison:
     """Put an earlier result beside ours. Its ratios also have in them what changed meanwhile.
 
-    Raises FastVLMError, one line, unless it is the same cases of the same model in the same dtype.
+    Raises FastVLMError as `require_same_work` does, and if the two have no case in common.
     """
-    theirs = read_report(path)
+    require_same_work(ours, earlier)
+    there = {result.case for result in earlier.cases}
+    if not any(result.case in there for result in ours.cases):
+        raise FastVLMError("the earlier result cannot be compared: it has none of these cases")
+    return Comparison((ours, earlier), {}, interleaved=False)
+
+
+def require_same_work(ours: Report, earlier: Report) -> None:
+    """Raise FastVLMError, one line, unless both are of one model, dtype and inputs.
+
+    A report without cases yet will do, so that this is known before anything is measured.
+    """
     facts = {
-        "model": (ours.model.name, theirs.model.name),
-        "dtype": (ours.model.dtype, theirs.model.dtype),
-        "quantization": (ours.model.quantization, theirs.model.quantization),
-        "weights' fingerprint": (ours.model.fingerprint, theirs.model.fingerprint),
+        "model": (ours.model.name, earlier.model.name),
+        "dtype": (ours.model.dtype, earlier.model.dtype),
+        "quantization": (ours.model.quantization, earlier.model.quantization),
+        "weights' fingerprint": (ours.model.fingerprint, earlier.model.fingerprint),
     }
-    for name in ours.settings.inputs.keys() & theirs.settings.inputs.keys():
-        facts[name] = (ours.settings.inputs[name], theirs.settings.inputs[name])
+    for name in ours.settings.inputs.keys() & earlier.settings.inputs.keys():
+        facts[name] = (ours.settings.inputs[name], earlier.settings.inputs[name])
     for what, (one, two) in facts.items():
         if one != two:
             raise FastVLMError(
-                f"{path} cannot be compared: its {what} is {two or 'unknown'}, "
+                f"the earlier result cannot be compared: its {what} is {two or 'unknown'}, "
                 f"not {one or 'unknown'}"
             )
-    there = {result.case for result in theirs.cases}
-    missing = [result.case.name for result in ours.cases if result.case not in there]
-    if missing:
-        raise FastVLMError(f"{path} cannot be compared: it has no case {missing[0]!r}")
-    return Comparison((ours, theirs), {}, interleaved=False)
 
 
 def ratios_json(ours: Report, theirs: Report, *, interleaved: bool) -> dict[str, Any]:

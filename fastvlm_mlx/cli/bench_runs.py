@@ -21,7 +21,12 @@ import mlx.core as mx
 from fastvlm_mlx.bench import run, sweeps
 from fastvlm_mlx.bench.baseline import require_comparable
 from fastvlm_mlx.bench.cold import ColdStart, cold_start
-from fastvlm_mlx.bench.compare import Comparison, compare
+from fastvlm_mlx.bench.compare import (
+    Comparison,
+    compare,
+    compare_with_earlier,
+    require_same_work,
+)
 from fastvlm_mlx.bench.costs import DType, Storage
 from fastvlm_mlx.bench.file_cache import file_cache_state
 from fastvlm_mlx.bench.peer_runtime import OURS, mlx_vlm
@@ -100,7 +105,7 @@ def measure(wanted: Wanted) -> Measured:
     ours = _alone(wanted)
     if wanted.earlier is None:
         return Measured((ours,))
-    return Measured((ours,), Comparison((ours, wanted.earlier), {}, interleaved=False))
+    return Measured((ours,), compare_with_earlier(ours, wanted.earlier))
 
 
 def _every_packing(wanted: Wanted) -> Iterator[Report]:
@@ -138,6 +143,8 @@ def _alone(wanted: Wanted) -> Report:
     )
     if wanted.baseline is not None:
         require_comparable(report, wanted.baseline)
+    if wanted.earlier is not None:
+        require_same_work(report, wanted.earlier)
     console.start("Warming up")
     once["warm_up_ms"] = Series("ms", (engine.warm_up(),))
     console.start("Measuring")
