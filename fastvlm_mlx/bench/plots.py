@@ -250,9 +250,8 @@ def _title(figure: Any, what: str, report: Report) -> None:
     """Say what is drawn, and below it of which model on which machine."""
     machine, model = report.machine, report.model
     words = ", ".join(filter(None, (model.name, bits_of(model), model.dtype)))
-    about = (
-        f"{words}; {machine.chip} ({machine.device}); {report.runtime}, {report.settings.runs} runs"
-    )
+    runs = f"runs: {report.settings.runs}"
+    about = f"{words}; {machine.chip} ({machine.device}); {report.runtime}, {runs}"
     lines = textwrap.wrap(about, 105)
     figure.suptitle("\n".join([what, *lines]), fontsize=10)
 

@@ -29,6 +29,8 @@ from fastvlm_mlx.bench.compare import (
 )
 from fastvlm_mlx.bench.costs import DType, Storage
 from fastvlm_mlx.bench.file_cache import file_cache_state
+from fastvlm_mlx.bench.harness import OurRuntime
+from fastvlm_mlx.bench.inputs import input_files
 from fastvlm_mlx.bench.peer_runtime import OURS, mlx_vlm
 from fastvlm_mlx.bench.results import Case, Report, Series
 from fastvlm_mlx.bench.subject import Subject, stored_subject, synthetic_subject
@@ -126,6 +128,8 @@ def _alone(wanted: Wanted) -> Report:
     _require_common(cases, wanted.earlier)
     cold = _cold(wanted, cases[0])
     engine, about, once = _loaded(wanted)
+    if given.get(given["sweep"], ()) is None:  # a sweep over its own range
+        cases = _fitting(wanted, engine, cases)
     if cold is not None:
         once |= cold.series
         same = about.get("file_cache", cold.file_cache) == cold.file_cache
@@ -280,6 +284,24 @@ def _cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
         Case(resolution=pixels, images=images, prompt=prompt, max_tokens=given["max_tokens"])
         for pixels, images, prompt in product(*chosen)
     )
+
+
+def _fitting(wanted: Wanted, engine: Engine, cases: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Return those cases of a sweep's own range that the model can take, and name the others.
+
+    The first case always stays: if that does not fit, measuring it says so.
+    """
+    fitting = []
+    with input_files(photo=wanted.given["photo"]) as files:
+        runtime = OurRuntime(engine, files)
+        for case in cases:
+            try:
+                runtime.prepare(case)
+            except FastVLMError as error:
+                wanted.console.line(f"fastvlm: left out of the sweep: {error}")
+            else:
+                fitting.append(case)
+    return tuple(fitting) or cases[:1]
 
 
 def _require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from fastvlm_mlx.bench.report import CSV_COLUMNS
 from fastvlm_mlx.bench.results import STAGES, Report, Series
+from fastvlm_mlx.bench.sweeps import PROMPT_WORDS
 from tests.cli.command import Ran, Run, spawn, wait
 
 QUICK = ("--runs", 2, "--warm-up", 0, "--max-tokens", 4)
@@ -183,6 +184,21 @@ def test_a_sweep_of_bits_measures_a_model_each(run: Run) -> None:
     assert [report.model.quantization for report in reports] == ["16", "8", "4"]
     sizes = [report.model.weight_bytes for report in reports]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3, "kept packed"
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_out_and_names_what_the_model_has_no_room_for(run: Run) -> None:
+    """The demo's context is 1024 positions: the longest of the built-in prompts do not fit."""
+    ran = run(
+        "bench", "--model", "demo", "--sweep", "prompt", "--resolution", 64, "--runs", 1,
+        "--warm-up", 0, "--max-tokens", 2, "--json",
+    )  # fmt: skip
+    cases = Report.from_json(json.loads(ran.out)).cases
+    lengths = [result.prompt_tokens for result in cases]
+    assert lengths == sorted(lengths) and 4 <= len(lengths) < len(PROMPT_WORDS)
+    left_out = [line for line in ran.err.splitlines() if "left out of the sweep" in line]
+    assert len(lengths) + len(left_out) == len(PROMPT_WORDS)
+    assert all("context of 1024" in line for line in left_out)
 
 
 @pytest.mark.slow
