@@ -25,6 +25,7 @@ class Launches:
         self.trace = trace
         self.kernels: list[Kernel] = []
         self.layouts: dict[str, Layout] = {}
+        self.seen_of: dict[str, str] = {}  # a view, and what it is a view of
         self.drawn: list[tuple[Kernel, str]] = []  # elementwise kernels and what they make
         self.held = Counter(array.name for o in trace.operations for array in o.inputs)
         self.held.update(trace.outputs)
@@ -39,6 +40,12 @@ class Launches:
         """Keep how an operation's outputs lie."""
         for array, layout in zip(operation.outputs, layouts, strict=True):
             self.layouts[array.name] = layout
+
+    def put_views(self, operation: Operation, *layouts: Layout) -> None:
+        """Keep how the outputs lie, which are views of the first input."""
+        self.put(operation, *layouts)
+        for array in operation.outputs:
+            self.seen_of[array.name] = operation.inputs[0].name
 
     def launch(
         self, kind: str, name: str, read: int, written: int, *, slow: str = "", note: str = ""
@@ -57,11 +64,16 @@ class Launches:
         return read, sum(math.prod(array.shape) * width(array) for array in operation.outputs)
 
     def is_donated(self, array: Array) -> bool:
-        """Whether an operation may write into this input: nobody else reads or holds it.
+        """Whether an operation may write into this input: nobody else reads or holds its memory.
 
         What a graph is given counts as given up: it is the KV cache, whose old array is dropped.
         """
-        return self.held[array.name] == 1 and self.of(array).contiguous
+        name: str | None = array.name
+        while name is not None:
+            if self.held[name] != 1:
+                return False
+            name = self.seen_of.get(name)
+        return self.of(array).contiguous
 
     def elementwise(self, operation: Operation, name: str) -> None:
         """One launch; what comes out lies as the inputs do if they lie alike, else in order."""

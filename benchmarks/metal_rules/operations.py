@@ -25,7 +25,9 @@ def _reshape(at: Launches, o: Operation) -> None:
     layout, copied = at.of(o.inputs[0]).reshaped(o.outputs[0].shape)
     if copied:
         at.copy(o.inputs[0], "reshape of an array that does not lie in order")
-    at.put(o, layout)
+        at.put(o, layout)
+    else:
+        at.put_views(o, layout)
 
 
 def _elementwise(at: Launches, o: Operation) -> None:
@@ -33,36 +35,39 @@ def _elementwise(at: Launches, o: Operation) -> None:
 
 
 def _transpose(at: Launches, o: Operation) -> None:
-    at.put(o, at.of(o.inputs[0]).transposed(o.arguments[0]))
+    at.put_views(o, at.of(o.inputs[0]).transposed(o.arguments[0]))
 
 
 def _broadcast(at: Launches, o: Operation) -> None:
-    at.put(o, at.of(o.inputs[0]).broadcast(o.outputs[0].shape))
+    at.put_views(o, at.of(o.inputs[0]).broadcast(o.outputs[0].shape))
 
 
 def _expand(at: Launches, o: Operation) -> None:
-    at.put(o, at.of(o.inputs[0]).expanded(o.arguments[0]))
+    at.put_views(o, at.of(o.inputs[0]).expanded(o.arguments[0]))
 
 
 def _squeeze(at: Launches, o: Operation) -> None:
-    at.put(o, at.of(o.inputs[0]).squeezed(o.arguments[0]))
+    at.put_views(o, at.of(o.inputs[0]).squeezed(o.arguments[0]))
 
 
 def _slice(at: Launches, o: Operation) -> None:
-    at.put(o, at.of(o.inputs[0]).sliced(*o.arguments))
+    at.put_views(o, at.of(o.inputs[0]).sliced(*o.arguments))
 
 
 def _split(at: Launches, o: Operation) -> None:
-    at.put(o, *at.of(o.inputs[0]).split(*o.arguments))
+    at.put_views(o, *at.of(o.inputs[0]).split(*o.arguments))
 
 
 def _as_it_is(at: Launches, o: Operation) -> None:
-    at.put(o, *(at.of(array) for array in o.inputs[: len(o.outputs)]))
+    at.put_views(o, *(at.of(array) for array in o.inputs[: len(o.outputs)]))
 
 
 def _cast(at: Launches, o: Operation) -> None:
     array, out = o.inputs[0], o.outputs[0]
     layout = at.of(array)
+    if array.dtype == out.dtype and at.is_donated(array):
+        at.put_views(o, layout)
+        return
     note = f"{array.dtype} to {out.dtype}".replace("mlx.core.", "")
     written = (layout.stored if layout.contiguous else layout.size) * width(out)
     at.launch("cast", "copy_cast", layout.stored * width(array), written, note=note)

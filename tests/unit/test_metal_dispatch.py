@@ -16,6 +16,7 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks import metal_dispatch, metal_stages
+from benchmarks.graph_trace import compiling
 from benchmarks.metal_rules import UnknownRule
 from benchmarks.metal_rules.chips import CHIPS
 from benchmarks.metal_rules.kernels import Kernel
@@ -110,8 +111,10 @@ def test_a_compiled_function_inside_another_is_part_of_it() -> None:
     x = some(1, 4, 8)
     assert len(launched(lambda x: mlx_lm_parts.swiglu(x, x), x)) == 1
     held = mlx_lm_parts.swiglu
-    assert len(launched(lambda x: held(x, x), x)) == 2  # not found: its product, and `silu`
-    assert mx.allclose(held(x, x), x)  # and nothing of the stand-ins is left in it
+    with compiling(True):
+        assert len(launched(lambda x: held(x, x), x)) == 2  # not found: its product, and `silu`
+        ones = mx.ones((2, 3))  # a shape it was not compiled for
+        assert mx.allclose(held(ones, ones), nn.silu(ones))  # nothing that stood in is left in it
 
 
 def test_equal_arrays_of_zeros_are_two_launches() -> None:
@@ -158,9 +161,31 @@ def test_a_slice_update_copies_the_whole_only_if_it_is_held() -> None:
         fresh[:, 1:2] = row
         return fresh, kept
 
+    def write_and_return_both(cache: mx.array, row: mx.array) -> tuple[mx.array, mx.array]:
+        before = cache + 0
+        fresh = before[None]
+        fresh[:, :, 1:2] = row
+        return fresh, before
+
+    def write_to_view(cache: mx.array, row: mx.array) -> mx.array:
+        return write_and_return_both(cache, row)[0]
+
     given = (some(1, 4, 8), some(1, 1, 8))
     assert names(launched(write, *given)) == ["Add", "copy"]
     assert names(launched(write_and_keep, *given)).count("copy") == 2
+    assert names(launched(write_and_return_both, *given)).count("copy") == 2
+    assert names(launched(write_to_view, *given)).count("copy") == 1
+
+
+def test_a_cast_to_the_same_dtype_is_a_copy_only_of_what_is_held() -> None:
+    x = some(4, 8)
+    assert names(launched(lambda x: mx.array(x + 1), x)) == ["Add"]
+
+    def both(x: mx.array) -> tuple[mx.array, mx.array]:
+        y = x + 1
+        return y, mx.array(y)
+
+    assert names(launched(both, x)) == ["Add", "copy_cast"]
 
 
 def test_half_of_a_joined_row_is_copied_before_its_product_unless_reshaped() -> None:

@@ -50,6 +50,13 @@ def test_a_1x1_and_a_grouped_convolution_are_slow_paths() -> None:
         assert convolution.slow_reason(family, (96, 7, 7, 1))
 
 
+@pytest.mark.parametrize(("channels", "family"), [(160, "winograd"), (144, "implicit_gemm")])
+def test_winograd_wants_channels_in_32s(channels: int, family: str) -> None:
+    image, weight = (1, 64, 64, channels), (channels, 3, 3, channels)
+    arguments = ((1, 1), (1, 1), (1, 1), (1, 1), (1, 1), 1, False)
+    assert convolution.family(image, weight, image, arguments) == family
+
+
 def test_families_launch_as_many_kernels_as_they_have_passes() -> None:
     launched = {name: len(convolution.launches(name)) for name in convolution.FAST}
     assert launched == {"depthwise": 1, "winograd": 4, "implicit_gemm": 1}
@@ -86,6 +93,8 @@ def launched(m: int, n: int, k: int, chip: str, dtype: mx.Dtype = mx.bfloat16) -
         (1024, 768, 2048, "m5", ["steel_gemm_fused_nax_nt_bm128_bn128"]),
         (1024, 768, 2049, "m5-max", ["steel_gemm_splitk_nax_nt", "steel_gemm_splitk_accum"]),
         (1025, 768, 2049, "m5-max", ["steel_gemm_fused_nax_nt_bm64_bn128"]),
+        (2048, 1024, 6144, "m5", ["steel_gemm_splitk_nax_nt", "steel_gemm_splitk_accum"]),
+        (2048, 1024, 6143, "m5", ["steel_gemm_fused_nax_nt_bm128_bn128"]),
         (4096, 64, 64, "m5", ["steel_gemm_thin_nax_nt"]),
     ],
 )
