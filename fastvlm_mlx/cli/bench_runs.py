@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, cast
 
 import mlx.core as mx
 
-from fastvlm_mlx.bench import run, sweeps
+from fastvlm_mlx.bench import run
 from fastvlm_mlx.bench.baseline import require_comparable
 from fastvlm_mlx.bench.cold import ColdStart, cold_start
 from fastvlm_mlx.bench.compare import (
@@ -29,26 +27,23 @@ from fastvlm_mlx.bench.compare import (
 )
 from fastvlm_mlx.bench.costs import DType, Storage
 from fastvlm_mlx.bench.file_cache import file_cache_state
-from fastvlm_mlx.bench.harness import OurRuntime
-from fastvlm_mlx.bench.inputs import input_files
 from fastvlm_mlx.bench.peer_runtime import OURS, mlx_vlm
 from fastvlm_mlx.bench.results import Case, Report, Series
 from fastvlm_mlx.bench.subject import Subject, stored_subject, synthetic_subject
 from fastvlm_mlx.bench.synthetic import BITS, synthetic_checkpoint, synthetic_engine
 from fastvlm_mlx.bench.turns import Plan
 from fastvlm_mlx.cli.asking import load_engine
+from fastvlm_mlx.cli.bench_cases import fitting, make_cases, require_common
 from fastvlm_mlx.cli.bench_options import MLX_VLM
 from fastvlm_mlx.cli.console import Console
+from fastvlm_mlx.cli.countdown import Countdown
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.engine import Engine
-from fastvlm_mlx.errors import FastVLMError
 
 DEMO_NOTICE = (
     "fastvlm: measuring the demo model, which is tiny; for real sizes: --size 0.5b, or "
     "--model apple/FastVLM-0.5B"
 )
-
-log = logging.getLogger("fastvlm_mlx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +119,13 @@ def _every_packing(wanted: Wanted) -> Iterator[Report]:
 def _alone(wanted: Wanted) -> Report:
     """Measure our engine in this process; cold starts before anything is loaded in it."""
     given, console = wanted.given, wanted.console
-    cases = _cases(given, _config(wanted))
-    _require_common(cases, wanted.earlier)
+    cases = make_cases(given, _config(wanted))
+    require_common(cases, wanted.earlier)
     cold = _cold(wanted, cases[0])
     engine, about, once = _loaded(wanted)
     if given.get(given["sweep"], ()) is None:  # a sweep over its own range
-        cases = _fitting(wanted, engine, cases)
+        say = _callbacks(console)["say"]
+        cases = fitting(cases, engine, photo=given["photo"], say=say)
     if cold is not None:
         once |= cold.series
         same = about.get("file_cache", cold.file_cache) == cold.file_cache
@@ -162,7 +158,7 @@ def _beside_mlx_vlm(wanted: Wanted) -> Measured:
     given, console = wanted.given, wanted.console
     contenders = (OURS, mlx_vlm(given["peer_python"]))
     with _subject(wanted) as subject:
-        cases = _cases(given, subject.config)
+        cases = make_cases(given, subject.config)
         runs = given["runs"]
         plan = Plan(
             rounds=runs,
@@ -263,83 +259,3 @@ def _callbacks(console: Console) -> dict[str, Any]:
         "say": lambda line: console.line(f"fastvlm: {line}"),
         "progress": console.report,
     }
-
-
-def _cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
-    """Return every combination of what was asked for, or the sweep's values where nothing was."""
-    defaults: dict[str, tuple[Any, ...]] = {
-        "resolution": (config.vision.image_size,),
-        "images": (1,),
-        "prompt": ("short",),
-    }
-    swept = {
-        "resolution": sweeps.RESOLUTIONS,
-        "images": sweeps.IMAGE_COUNTS,
-        "prompt": tuple(f"{count} words" for count in sweeps.PROMPT_WORDS),
-    }
-    if given["sweep"] in swept:
-        defaults[given["sweep"]] = swept[given["sweep"]]
-    chosen = [given[name] or default for name, default in defaults.items()]
-    return tuple(
-        Case(resolution=pixels, images=images, prompt=prompt, max_tokens=given["max_tokens"])
-        for pixels, images, prompt in product(*chosen)
-    )
-
-
-def _fitting(wanted: Wanted, engine: Engine, cases: tuple[Case, ...]) -> tuple[Case, ...]:
-    """Return those cases of a sweep's own range that the model can take, and name the others.
-
-    The first case always stays: if that does not fit, measuring it says so.
-    """
-    fitting = []
-    with input_files(photo=wanted.given["photo"]) as files:
-        runtime = OurRuntime(engine, files)
-        for case in cases:
-            try:
-                runtime.prepare(case)
-            except FastVLMError as error:
-                wanted.console.line(f"fastvlm: left out of the sweep: {error}")
-            else:
-                fitting.append(case)
-    return tuple(fitting) or cases[:1]
-
-
-def _require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:
-    """Refuse a comparison that would end empty, before it is measured."""
-    there = [result.case for result in earlier.cases] if earlier is not None else []
-    if earlier is not None and not set(there) & set(cases):
-        names = "; ".join(case.name for case in there) or "none"
-        raise FastVLMError(f"no case of this run is in the result to compare with: it has {names}")
-
-
-class Countdown:
-    """Shows on the live line which run it is and about how long the rest will take."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total = console, total
-        self._begun = 0
-        self._since = 0.0
-
-    def __call__(self, line: str) -> None:
-        """Begin the next measurement: `line` says which, "run 3 of 10: …"; others do not count."""
-        log.info(line)
-        which, colon, what = line.partition(": ")
-        if not colon:
-            self._console.report(0, 0, line)
-            return
-        if not self._begun:
-            self._since = time.monotonic()
-        elif self._begun < self._total:
-            each = (time.monotonic() - self._since) / self._begun
-            seconds = round(each * (self._total - self._begun))
-            which += f", about {readable_seconds(seconds)} left"
-        self._begun += 1
-        self._console.report(0, 0, f"{which}: {what}")
-
-
-def readable_seconds(seconds: int) -> str:
-    """Return a time as people say it: 40 s, 3 min, 2 h 05 min."""
-    if seconds < 100:
-        return f"{seconds} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"

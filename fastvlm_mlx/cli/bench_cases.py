@@ -1,0 +1,64 @@
+"""Which cases `fastvlm bench` measures: all combinations of what was asked for, or a sweep's range.
+
+Knows options and the model's sizes; measures nothing.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from fastvlm_mlx.bench import sweeps
+from fastvlm_mlx.bench.harness import OurRuntime, Say
+from fastvlm_mlx.bench.inputs import input_files
+from fastvlm_mlx.bench.results import Case, Report
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.engine import Engine
+from fastvlm_mlx.errors import FastVLMError
+
+
+def make_cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
+    """Return every combination of what was asked for, or the sweep's values where nothing was."""
+    defaults: dict[str, tuple[Any, ...]] = {
+        "resolution": (config.vision.image_size,),
+        "images": (1,),
+        "prompt": ("short",),
+    }
+    swept = {
+        "resolution": sweeps.RESOLUTIONS,
+        "images": sweeps.IMAGE_COUNTS,
+        "prompt": tuple(f"{count} words" for count in sweeps.PROMPT_WORDS),
+    }
+    if given["sweep"] in swept:
+        defaults[given["sweep"]] = swept[given["sweep"]]
+    chosen = [given[name] or default for name, default in defaults.items()]
+    return tuple(
+        Case(resolution=pixels, images=images, prompt=prompt, max_tokens=given["max_tokens"])
+        for pixels, images, prompt in product(*chosen)
+    )
+
+
+def fitting(cases: tuple[Case, ...], engine: Engine, *, photo: bool, say: Say) -> tuple[Case, ...]:
+    """Return those cases of a sweep's own range that the model can take, and name the others.
+
+    The first case always stays: if that does not fit, measuring it says so.
+    """
+    found = []
+    with input_files(photo=photo) as files:
+        runtime = OurRuntime(engine, files)
+        for case in cases:
+            try:
+                runtime.prepare(case)
+            except FastVLMError as error:
+                say(f"left out of the sweep: {error}")
+            else:
+                found.append(case)
+    return tuple(found) or cases[:1]
+
+
+def require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:
+    """Refuse a comparison that would end empty, before it is measured."""
+    there = [result.case for result in earlier.cases] if earlier is not None else []
+    if earlier is not None and not set(there) & set(cases):
+        names = "; ".join(case.name for case in there) or "none"
+        raise FastVLMError(f"no case of this run is in the result to compare with: it has {names}")
