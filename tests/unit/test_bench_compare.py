@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from scripted_peer import asked, processes, scripted
 
+from benchmarks.comparison_table import markdown
 from fastvlm_mlx.bench import peer_runtime
 from fastvlm_mlx.bench.compare import Comparison, compare, compare_with_earlier, same_ids
 from fastvlm_mlx.bench.peer_runtime import OURS, Contender, Weights, mlx_vlm
 from fastvlm_mlx.bench.results import STAGES, Case, Report
-from fastvlm_mlx.bench.subject import Subject, stored_subject
+from fastvlm_mlx.bench.subject import Subject, stored_subject, synthetic_subject
 from fastvlm_mlx.bench.turns import Plan, rotated
 from fastvlm_mlx.config import PRESETS
 from fastvlm_mlx.errors import FastVLMError
@@ -187,6 +188,18 @@ def test_without_mlx_vlm_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     assert mlx_vlm(Path("python")).python == Path("python")
 
 
+def test_the_table_of_peers_judges_each_target_by_the_first_of_them(tmp_path: Path) -> None:
+    ours = scripted(tmp_path, "ours", ttft=[75.0])
+    found = run([ours, scripted(tmp_path, "theirs", ttft=[100.0])], rounds=1, second_turns=1)
+    rows = {line.split(" | ")[0]: line for line in markdown(found, {"x": "gone"}).splitlines()}
+    assert rows["| TTFT"] == "| TTFT | 75.0 ms | 100.0 ms | 0.75 | ≤ 0.75 | met |"
+    assert rows["| second turn TTFT"].endswith("| 1.00 | ≤ 0.1 | missed |")
+    assert rows["| decode"].endswith("| 1.00 | ≥ 1 | met |")
+    assert rows["| vision"].endswith("| 1.00 |  |  |")
+    assert "- theirs 1: same prompt, 3 ids; same pixels; same answer, 3 ids" in rows
+    assert "- x failed: gone" in rows
+
+
 # Beside an earlier result
 
 
@@ -258,3 +271,20 @@ def test_our_engine_beside_itself_does_the_same_work(tmp_path: Path) -> None:
         other.model.fingerprint,
     )
     assert Report.from_json(json.loads(json.dumps(ours.to_json()))) == ours
+
+
+@pytest.mark.slow
+def test_mlx_vlm_gives_the_same_answer_from_the_same_folder(tmp_path: Path) -> None:
+    """Where mlx-vlm is installed: real sizes at the smallest side, so some 5 GB and a minute."""
+    pytest.importorskip("mlx_vlm")
+    case = Case(resolution=128, images=1, prompt="short", max_tokens=4)
+    with synthetic_subject("0.5b", 16, dtype="float32", device="cpu") as subject:
+        found = compare(
+            [OURS, mlx_vlm(None)], subject, [case], Plan(rounds=1, warm_up_runs=0, second_turns=1)
+        )
+    ((prompt, pixels, answer),) = found.agreement.values()
+    assert prompt.startswith(f"{case.name}: same prompt, ")
+    assert pixels == f"{case.name}: same pixels"
+    assert answer == f"{case.name}: same answer, 4 ids"
+    theirs = found.reports[1].cases[0].series
+    assert {"ttft_ms", "second_turn_ttft_ms", *STAGES} <= theirs.keys()
