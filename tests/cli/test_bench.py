@@ -128,6 +128,7 @@ def test_the_csv_and_the_plots_are_what_they_are_called(whole: Whole) -> None:
             assert image.format == "PNG" and image.width == 960
 
 
+@pytest.mark.slow
 def test_json_is_one_object_on_the_last_line(run: Run) -> None:
     ran = run("bench", "--size", "demo", "--bits", 8, *QUICK, "--resolution", 64, "--json")
     assert ran.code == 0 and ran.err == ""
