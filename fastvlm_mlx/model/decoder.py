@@ -62,7 +62,6 @@ class Decoder(nn.Module):
         for index, block in enumerate(layers):
             if not isinstance(block, FusedBlock):
                 layers[index] = fused = FusedBlock(block)
-                del block  # it holds the old matrices
                 if evaluate:
                     mx.eval(fused.parameters())
 
