@@ -192,7 +192,7 @@ def test_the_table_of_peers_judges_each_target_by_the_first_of_them(tmp_path: Pa
     ours = scripted(tmp_path, "ours", ttft=[75.0])
     found = run([ours, scripted(tmp_path, "theirs", ttft=[100.0])], rounds=1, second_turns=1)
     rows = {line.split(" | ")[0]: line for line in markdown(found, {"x": "gone"}).splitlines()}
-    assert rows["| TTFT"] == "| TTFT | 75.0 ms | 100.0 ms | 0.75 | ≤ 0.75 | met |"
+    assert rows["| TTFT"] == "| TTFT | 75.0 ms | 100 ms | 0.75 | ≤ 0.75 | met |"
     assert rows["| second turn TTFT"].endswith("| 1.00 | ≤ 0.1 | missed |")
     assert rows["| decode"].endswith("| 1.00 | ≥ 1 | met |")
     assert rows["| vision"].endswith("| 1.00 |  |  |")
