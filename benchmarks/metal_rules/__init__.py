@@ -6,8 +6,9 @@ rule says how long a kernel takes.
 Two commits are named because no single one could be read whole. `MLX_COMMIT` is the nearest to the
 release that was read for the convolutions (its line numbers are in the repository's history);
 `SOURCES` names for each rule the file and the commit whose text was read. Forks are named where
-upstream's own file of that age was not at hand; what a fork changed of its own is left out. Beside
-the text, the released macOS binary was searched: the kernels named here are in mlx-metal 0.32.4.
+upstream's own file of that age was not at hand; what a fork changed of its own is left out. What
+decides most, the convolutions and the split and thin products, was also read in the machine code of
+the release, mlx-metal 0.32.4 for macOS 26; the other rules were not.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ MLX_COMMIT = "846d1762"
 
 _UPSTREAM = "ml-explore/mlx"
 SOURCES: dict[str, str] = {
-    "convolution": f"mlx/backend/metal/conv.cpp @ 853e5479 and {MLX_COMMIT} ({_UPSTREAM})",
-    "gemm": "mlx/backend/metal/matmul.cpp @ ce23fd13 (osaurus-ai/mlx), 0dfe6cbd (sawfwair/mlx)",
-    "gemm, thin NAX": "a third party's audit of matmul.cpp; the kernel is in the 0.32.4 binary",
+    "convolution": f"mlx/backend/metal/conv.cpp @ 853e5479 and {MLX_COMMIT} ({_UPSTREAM}); "
+    "dispatch_conv_2D_gpu in the machine code of 0.32.4",
+    "gemm": "mlx/backend/metal/matmul.cpp @ ce23fd13 (osaurus-ai/mlx), 0dfe6cbd (sawfwair/mlx); "
+    "split-K and thin NAX in steel_matmul_axpby in the machine code of 0.32.4",
     "quantized": "mlx/backend/metal/quantized.cpp @ 0b9bdfb5 (osaurus-ai/mlx), 04099640 "
-    f"({_UPSTREAM}); use_qmv_wide as quoted from v0.32.0",
-    "attention": f"mlx/backend/metal/scaled_dot_product_attention.cpp @ 00703ea6 ({_UPSTREAM})",
+    f"({_UPSTREAM}); use_qmv_wide as quoted from v0.32.0; qmm_splitk in 0.32.4's "
+    "machine code",
+    "attention": f"mlx/backend/metal/scaled_dot_product_attention.cpp @ 00703ea6 ({_UPSTREAM}); "
+    "head widths and thresholds of the two passes in 0.32.4's binary",
     "attention, unfused": f"mlx/fast.cpp:725-785 @ {MLX_COMMIT} ({_UPSTREAM})",
     "norms": f"mlx/backend/metal/normalization.cpp @ 0017d3c3 ({_UPSTREAM})",
     "rope": f"mlx/backend/metal/rope.cpp @ 1163da19 ({_UPSTREAM})",

@@ -12,6 +12,8 @@ from benchmarks.metal_rules.layout import Layout
 _VECTOR_QUERIES = 8
 _VECTOR_WIDTHS = (64, 96, 128, 192, 256, 512)
 _FULL_WIDTHS = (64, 72, 80, 96, 128, 192, 256)
+# Query and value width, where they differ.
+_UNEQUAL_VECTOR, _UNEQUAL_FULL = ((96, 64), (192, 128)), ((96, 64),)
 _NAX_WIDTHS = (64, 96, 128, 256)
 
 
@@ -21,12 +23,14 @@ def is_fused(q: Layout, k: Layout, v: Layout, *, causal: bool, masked: bool, chi
     queries, keys = q.shape[2], k.shape[2]
     sharing = q.shape[1] // k.shape[1]
     if queries > _VECTOR_QUERIES:
-        if width != value_width or width not in _FULL_WIDTHS or (causal and queries > keys):
+        known = width == value_width and (width in _FULL_WIDTHS or (width == 512 and chip.nax))
+        if not (known or (width, value_width) in _UNEQUAL_FULL) or (causal and queries > keys):
             return False
         if width == 256 and chip.nax and queries >= 1024 and (causal or masked):
             return True
         return width not in (192, 256)
-    if (width, value_width) != (192, 128) and (width != value_width or width not in _VECTOR_WIDTHS):
+    known = width == value_width and width in _VECTOR_WIDTHS
+    if not (known or (width, value_width) in _UNEQUAL_VECTOR):
         return False
     if queries > keys or queries * sharing > 32:
         return False

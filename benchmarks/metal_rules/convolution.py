@@ -1,7 +1,9 @@
 """Which kernel MLX's Metal backend convolves two dimensions with (`dispatch_conv_2D_gpu`).
 
-Versions differ in one point: as read at 853e5479 the depthwise kernel also wants outputs of whole
-8 x 8 tiles, at 846d1762 it does not. The stricter is applied.
+The conditions are those of the release, read in the machine code of mlx-metal 0.32.4 (libmlx.dylib
+of the macOS 26 wheel), where they differ from the sources at hand: the depthwise kernel wants
+channels in eights, not sixteens, and no whole tiles. An ungrouped convolution of at least 9 taps
+whose input channels do not fit may be padded there first; it is called general here all the same.
 """
 
 from __future__ import annotations
@@ -50,10 +52,9 @@ def family(
     if groups > 1:
         per_in, per_out = inputs // groups, outputs // groups
         small = max(kh, kw) <= 7 and max(strides) <= 2
-        tiled = out_height % 8 == 0 and out_width % 8 == 0 and inputs % 16 == 0
-        if per_in == per_out == 1 and plain and small and tiled:
+        if per_in == per_out == 1 and plain and small and inputs % 8 == 0:
             return "depthwise"
-        if _narrow(per_in, 4) and _narrow(per_out, 16):
+        if (_narrow(per_in, 4) or per_in == 8) and _narrow(per_out, 16):
             return "implicit_gemm_grouped"
         return "explicit_gemm_grouped"
     wide = inputs % 32 == 0 and outputs % 32 == 0 and inputs + outputs >= 256

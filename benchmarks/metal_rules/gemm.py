@@ -18,6 +18,8 @@ from benchmarks.metal_rules.layout import Layout, collapsed
 # From this generation on a few vectors share one reading of the matrix (`gemv_wide`).
 _WIDE_GEMV_GENERATION = 15
 _WIDE_VECTORS, _WIDE_PASSES = 5, 3
+# Up to so many rows or columns the matrix units have a kernel for thin products.
+_THIN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,8 @@ def _steel(p: Product, chip: Chip, half: bool) -> tuple[str, ...]:
             return (f"steel_gemm_splitk_{p.letters}", "steel_gemm_splitk_accum")
         return (f"steel_gemm_fused_{p.letters}_{_tile(p, chip, half)}",)
     longest = max(p.m, p.n)
-    if p.batch == 1 and not p.transposed[0] and p.n <= 64 and half:
+    few = p.n <= _THIN or (p.m <= _THIN and p.transposed[1])
+    if p.batch == 1 and not p.transposed[0] and few and half:
         return (f"steel_gemm_thin_nax_{p.letters}",)
     if p.batch == 1 and (p.k >= 3 * longest or (longest <= 1024 and p.k > 2 * longest)):
         return (f"steel_gemm_splitk_nax_{p.letters}", "steel_gemm_splitk_accum")

@@ -50,6 +50,25 @@ def test_a_1x1_and_a_grouped_convolution_are_slow_paths() -> None:
         assert convolution.slow_reason(family, (96, 7, 7, 1))
 
 
+@pytest.mark.parametrize(
+    ("channels", "out_channels", "per_group", "family"),
+    [
+        (24, 24, 1, "depthwise"),  # of eights, with 5 x 5 outputs
+        (20, 20, 1, "implicit_gemm_grouped"),
+        (24, 48, 1, "implicit_gemm_grouped"),
+        (16, 16, 8, "implicit_gemm_grouped"),
+        (20, 20, 10, "explicit_gemm_grouped"),
+    ],
+)
+def test_depthwise_wants_as_many_outputs_as_inputs_and_channels_in_eights(
+    channels: int, out_channels: int, per_group: int, family: str
+) -> None:
+    image, output = (1, 5, 5, channels), (1, 5, 5, out_channels)
+    arguments = ((1, 1), (3, 3), (3, 3), (1, 1), (1, 1), channels // per_group, False)
+    weight = (out_channels, 7, 7, per_group)
+    assert convolution.family(image, weight, output, arguments) == family
+
+
 @pytest.mark.parametrize(("channels", "family"), [(160, "winograd"), (144, "implicit_gemm")])
 def test_winograd_wants_channels_in_32s(channels: int, family: str) -> None:
     image, weight = (1, 64, 64, channels), (channels, 3, 3, channels)
@@ -96,6 +115,8 @@ def launched(m: int, n: int, k: int, chip: str, dtype: mx.Dtype = mx.bfloat16) -
         (2048, 1024, 6144, "m5", ["steel_gemm_splitk_nax_nt", "steel_gemm_splitk_accum"]),
         (2048, 1024, 6143, "m5", ["steel_gemm_fused_nax_nt_bm128_bn128"]),
         (4096, 64, 64, "m5", ["steel_gemm_thin_nax_nt"]),
+        (64, 4096, 64, "m5", ["steel_gemm_thin_nax_nt"]),
+        (65, 4096, 64, "m5", ["steel_gemm_fused_nax_nt_bm128_bn128"]),
     ],
 )
 def test_a_product_takes_the_kernel_of_its_size(
@@ -207,6 +228,15 @@ def test_attention_is_fused_for_some_widths_only(
 ) -> None:
     q, k = heads(2 * sharing, queries, width), heads(2, keys, width)
     assert attention.is_fused(q, k, k, causal=False, masked=False, chip=CHIPS["m1"]) is fused
+
+
+def test_values_may_be_narrower_than_queries_in_two_forms_only() -> None:
+    def fused(queries: int, width: int, value_width: int) -> bool:
+        q, k, v = heads(2, queries, width), heads(2, 64, width), heads(2, 64, value_width)
+        return attention.is_fused(q, k, v, causal=False, masked=False, chip=CHIPS["m1"])
+
+    assert (fused(16, 96, 64), fused(16, 192, 128), fused(16, 128, 64)) == (True, False, False)
+    assert (fused(1, 96, 64), fused(1, 192, 128), fused(1, 128, 64)) == (True, True, False)
 
 
 def test_more_queries_than_keys_are_not_fused_under_a_causal_mask() -> None:
