@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.store import open_checkpoint, target_dtype
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.model import cpu_tower
 from fastvlm_mlx.model.vision import AttentionBlock, FastViTHD
 
 DEMO = Path(fv.__file__).parent / "demo"
@@ -204,10 +205,21 @@ def other_cache_limit() -> Iterator[int]:
     mx.set_cache_limit(before)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("paired", [False, True])
-def test_low_memory_mode_gives_the_same_bits(dtype: mx.Dtype, paired: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (mx.float32, None),
+        (mx.float32, cpu_tower.features),
+        (mx.bfloat16, None),
+        (mx.float16, None),
+    ],
+)
+def test_low_memory_mode_gives_the_same_bits(
+    dtype: mx.Dtype, form: Callable[[FastViTHD, mx.array], mx.array] | None, paired: bool
+) -> None:
     tower = folded(dtype, paired=paired)
+    tower.form = form
     for size in ((128, 128, 1), (64, 192, 2)):
         pixels = picture(*size)
         expected = tower(pixels)
@@ -251,8 +263,12 @@ def test_low_memory_mode_keeps_its_promise_on_a_sixteenth_of_the_pixels() -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
-def test_low_memory_mode_takes_under_300_mib_at_1024_pixels(paired: bool) -> None:
+@pytest.mark.parametrize("form", [None, cpu_tower.features])
+def test_low_memory_mode_takes_under_300_mib_at_1024_pixels(
+    form: Callable[[FastViTHD, mx.array], mx.array] | None, paired: bool
+) -> None:
     """Without it 800 MiB: MLX allocates for many steps ahead of the one that is running."""
     config = dataclasses.replace(VisionConfig(), layers=(1, 1, 1, 1, 1))
     tower = zeros(config, low_memory=True, paired_heads=paired)
+    tower.form = form
     assert peak_over_weights_mib(tower, 1024) <= LOW_MEMORY_MIB
