@@ -7,8 +7,8 @@ Two commits are named because no single one could be read whole. `MLX_COMMIT` is
 release that was read for the convolutions (its line numbers are in the repository's history);
 `SOURCES` names for each rule the file and the commit whose text was read. Forks are named where
 upstream's own file of that age was not at hand; what a fork changed of its own is left out. What
-decides most, the convolutions and the split and thin products, was also read in the machine code of
-the release, mlx-metal 0.32.4 for macOS 26; the other rules were not.
+decides most was also read in the machine code of the release, mlx-metal 0.32.4 for macOS 26, where
+`SOURCES` says so; the other rules were not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES: dict[str, str] = {
     "convolution": f"mlx/backend/metal/conv.cpp @ 853e5479 and {MLX_COMMIT} ({_UPSTREAM}); "
     "dispatch_conv_2D_gpu in the machine code of 0.32.4",
     "gemm": "mlx/backend/metal/matmul.cpp @ ce23fd13 (osaurus-ai/mlx), 0dfe6cbd (sawfwair/mlx); "
-    "split-K and thin NAX in steel_matmul_axpby in the machine code of 0.32.4",
+    "check_transpose, split-K and thin NAX (steel_matmul_axpby) in the machine code of 0.32.4",
     "quantized": "mlx/backend/metal/quantized.cpp @ 0b9bdfb5 (osaurus-ai/mlx), 04099640 "
     f"({_UPSTREAM}); use_qmv_wide as quoted from v0.32.0; qmm_splitk in 0.32.4's "
     "machine code",
