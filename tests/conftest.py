@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ _hub = tempfile.TemporaryDirectory(prefix="fastvlm-test-hub-")
 os.environ["HF_HOME"] = _hub.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+
+# A shell's job in the background ignores Ctrl-C, and so would every child that a test interrupts:
+# three tests waited for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

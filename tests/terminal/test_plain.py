@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,23 +52,15 @@ class Dumb:
         os.write(self.fd, keys.encode())
         return len(self.seen)
 
-    def end(self, keys: str = "") -> int:
-        """Read to the end. `keys` are typed, and again as long as nothing comes of them.
-
-        A Ctrl-C that arrives just as a read begins is only heard at the next key (seen twice on a
-        busy machine): CPython looks at its signals before the system call, not in it.
-        """
-        for _ in range(12):
-            if keys:
-                self.type(keys)
-            while select.select([self.fd], [], [], 5 if keys else 60)[0]:
-                try:
-                    chunk = os.read(self.fd, 4096)
-                except OSError:
-                    chunk = b""
-                if not chunk:
-                    return self.process.wait(60)
-                self.seen += chunk.decode(errors="replace")
+    def end(self) -> int:
+        while select.select([self.fd], [], [], 60)[0]:
+            try:
+                chunk = os.read(self.fd, 4096)
+            except OSError:
+                chunk = b""
+            if not chunk:
+                return self.process.wait(60)
+            self.seen += chunk.decode(errors="replace")
         raise AssertionError(f"it does not end: {self.seen}")
 
 
@@ -103,7 +96,8 @@ def test_pictures_errors_and_answers_are_lines(dumb: list[Dumb]) -> None:
     chat.until("last question was: What number is this?; /edit TEXT asks another\n> ", after=at)
     at = chat.type("/clear\n")
     chat.until("the same /clear again gives it up\n> ", after=at)
-    assert chat.end("\x04") == 0
+    chat.type("\x04")
+    assert chat.end() == 0
     assert "\x1b" not in chat.seen
 
 
@@ -117,7 +111,8 @@ def test_a_conversation_that_is_gone_on_with_says_what_there_is(
     second = start(dumb, *words[1:])
     second.type("/edit\n")
     second.until("talk: 1 turn, 1 picture; last question: What is this?\n")
-    assert second.end("\x04") == 0
+    second.type("\x04")
+    assert second.end() == 0
 
 
 def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(dumb: list[Dumb], counting: Path) -> None:
@@ -128,7 +123,8 @@ def test_ctrl_c_stops_the_answer_and_at_the_prompt_leaves(dumb: list[Dumb], coun
     chat.until("stopped; /undo takes it back, /retry asks again\n> ", after=at)
     at = chat.type("/undo\n")
     chat.until("took back 'Count.'\n> ", after=at)
-    assert chat.end("\x03") == 130
+    chat.type("\x03")
+    assert chat.end() == 130
     assert "Traceback" not in chat.seen
 
 
@@ -138,4 +134,5 @@ def test_an_answer_cannot_command_the_terminal(dumb: list[Dumb], tmp_path: Path)
     chat.type("hi\n")
     chat.until("positions reused\n> ")
     assert "red �[31m" in chat.seen and "\x1b" not in chat.seen and "\x07" not in chat.seen
-    assert chat.end("\x03") == 130
+    chat.process.send_signal(signal.SIGINT)
+    assert chat.end() == 130
