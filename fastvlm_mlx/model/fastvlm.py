@@ -107,7 +107,7 @@ class FastVLM(nn.Module):
         self.decoder = Decoder(config.decoder, dtype=dtype)
 
     def use_cpu_forms(self) -> None:
-        """Run the tower as a CPU likes it in float32: the same weights, features to about 1e-6."""
+        """Run the tower as a CPU likes it in float32: the same weights, features within 1e-6."""
         self.vision.form = cpu_tower.features
 
     def encode_image(self, pixels: mx.array) -> mx.array:
