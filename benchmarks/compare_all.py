@@ -11,8 +11,8 @@ own and waits while another computes; both MLX engines get the same OpenBLAS. A 
 each, who begins rotates. Ratios are of a round's neighbours. Stages are of profiled calls, each
 stage waited for, and add up to more than TTFT. The second turn is each one's own chat (mlx-vlm's
 `MLXVisionChat`; transformers has none: the conversation is computed anew). Cold starts are fresh
-processes at 256 px; their overhead is all until the call that answers but reading weights, so that
-neither disk nor computing is in it.
+processes at 256 px; their overhead is all until the call that answers but the weights, so that
+neither disk, casting nor computing is in it.
 """
 
 from __future__ import annotations

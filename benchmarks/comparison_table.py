@@ -55,7 +55,7 @@ LABELS = {
     "cold_overhead_ms": "cold start, overhead",
     "cold_start_ms": "… interpreter",
     "cold_import_ms": "… imports",
-    "cold_weights_ms": "cold start, reading weights",
+    "cold_weights_ms": "cold start, weights",
     "cold_ttft_ms": "cold start, until the first token",
     "peak_bytes": "peak of MLX's memory",
     "peak_resident_bytes": "peak resident memory",

@@ -43,7 +43,7 @@ class Work:
 class Loaded:
     """What loading took: importing the runtime, its whole call, and reading weights within it.
 
-    `cast_ms` is what changing the weights' dtype afterwards took, which no user would wait for.
+    `cast_ms` is what changing the weights' dtype afterwards took, if the runtime had to be told.
     """
 
     import_ms: float

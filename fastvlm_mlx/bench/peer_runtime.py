@@ -133,22 +133,23 @@ def start_cold(
 ) -> dict[str, float]:
     """Start a fresh process, load, answer once; return where the milliseconds went.
 
-    `cold_overhead_ms` is everything before the answer but the reading of weights: interpreter,
-    imports, configuration, tokenizer. `cold_ttft_ms` is all, less a dtype that was imposed after
-    loading. The system's file cache is as it was found.
+    `cold_overhead_ms` is everything before the answer but the weights: interpreter, imports,
+    configuration, tokenizer. Weights are there once they are in the dtype that all compute in, even
+    if a runtime reads them in another one and has them cast. The file cache is as it was found.
     """
     with PeerProcess(contender.name, contender.file, python=contender.python) as process:
         given = dataclasses.asdict(work(case, files))
         loaded = _load(process, contender, weights, patience_s)
         answered = process.ask("ttft", patience_s=patience_s, work=given)
+    weights_ms = loaded["weights_ms"] + loaded["cast_ms"]
     start_ms = (loaded["started_s"] - process.spawned_s) * 1000
     overhead_ms = start_ms + loaded["import_ms"] + loaded["load_ms"] - loaded["weights_ms"]
     return {
-        "cold_ttft_ms": overhead_ms + loaded["weights_ms"] + answered["ttft_ms"],
+        "cold_ttft_ms": overhead_ms + weights_ms + answered["ttft_ms"],
         "cold_overhead_ms": overhead_ms,
         "cold_start_ms": start_ms,
         "cold_import_ms": loaded["import_ms"],
-        "cold_weights_ms": loaded["weights_ms"],
+        "cold_weights_ms": weights_ms,
         "cold_first_answer_ms": answered["ttft_ms"],
     }
 

@@ -99,9 +99,10 @@ def test_a_cold_start_is_a_process_of_its_own_and_its_overhead_no_reading_and_no
         for run_number in range(2):
             start_ms = once["cold_start_ms"][run_number]
             assert start_ms > 0
-            # Imports 2, loading 5, of which weights are 4; an answer of 10.
+            # Imports 2, loading 5, of which weights are 4, a cast 1; an answer of 10.
             assert once["cold_overhead_ms"][run_number] == pytest.approx(start_ms + 3)
-            assert once["cold_ttft_ms"][run_number] == pytest.approx(start_ms + 2 + 5 + 10)
+            assert once["cold_weights_ms"][run_number] == 5
+            assert once["cold_ttft_ms"][run_number] == pytest.approx(start_ms + 2 + 5 + 1 + 10)
     assert no_process_left(tmp_path)
 
 
