@@ -72,7 +72,7 @@ def load_model(
     A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
     `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `fuse_decoder=False` keeps
-    mlx-lm's layers, `cpu_forms=False` the tower's plain form on a CPU in float32 too
+    mlx-lm's layers, `cpu_forms=False` the plain tower and products on a CPU in float32 too
     (`FastVLM.use_cpu_forms`): to compare with. `progress` gets (bytes read, bytes in all).
     Raises CheckpointMismatch for tensors that do not fit, CheckpointError for a file that cannot
     be read and ConfigError for heads that cannot be paired.

@@ -109,7 +109,7 @@ def features(tower: FastViTHD, pixels: mx.array) -> mx.array:
 
     With `low_memory`, each block is evaluated before the next is begun.
     """
-    return mx.stack([_features_of_one(tower, picture) for picture in pixels])
+    return mx.stack([_features_of_one(tower, pixels[i]) for i in range(len(pixels))])
 
 
 def _features_of_one(tower: FastViTHD, picture: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.model import cpu_tower
+from fastvlm_mlx.model import cpu_decoder, cpu_tower
 from fastvlm_mlx.model.decoder import Decoder
 from fastvlm_mlx.model.projector import Projector
 from fastvlm_mlx.model.vision import FastViTHD
@@ -107,8 +107,9 @@ class FastVLM(nn.Module):
         self.decoder = Decoder(config.decoder, dtype=dtype)
 
     def use_cpu_forms(self) -> None:
-        """Run the tower as a CPU likes it in float32: the same weights, features within 1e-6."""
+        """Run tower and decoding as a CPU likes them in float32: the same weights, within 1e-6."""
         self.vision.form = cpu_tower.features
+        cpu_decoder.use_row_products(self.decoder)
 
     def encode_image(self, pixels: mx.array) -> mx.array:
         """Return projected features [B, tokens, hidden] of `pixels` [B,H,W,3] uint8."""
