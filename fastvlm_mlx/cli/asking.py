@@ -48,6 +48,23 @@ _MODEL = (
         is_flag=True,
         help="On a CPU, keep quantized weights packed: smaller and slower.",
     ),
+    option(
+        "Model",
+        "--low-memory",
+        is_flag=True,
+        help="Run the vision tower step by step: the same answer in far less memory.",
+    ),
+    option(
+        "Model",
+        "--paired-heads",
+        is_flag=True,
+        help="Pair the tower's attention heads, for Metal's fused kernel; benchmarks/README.md.",
+    ),
+)
+# The options of `load` that a command line may name.
+_LOAD = (
+    *("dtype", "device", "memory_limit", "vision_from", "keep_quantized"),
+    *("low_memory", "paired_heads"),
 )
 _ANSWER = (
     option(
@@ -146,13 +163,11 @@ def load_engine(
     say: Callable[[str], None],
     progress: Callable[[int, int, str], None],
     on_config: Callable[[ModelConfig], None] | None = None,
-    **more: Any,
 ) -> Engine:
-    """Load a model as a command line says; `load` gets `more` too. Raises a FastVLMError."""
+    """Load a model as a command line says. Raises a FastVLMError."""
     from fastvlm_mlx.engine import load
 
-    names = ("dtype", "device", "memory_limit", "vision_from", "keep_quantized")
-    options = {name: given[name] for name in names} | more
+    options = {name: given[name] for name in _LOAD}
     engine = load(model, say=say, progress=progress, on_config=on_config, **options)
     log.info(
         "%s: %s layout, computing in %s",

@@ -234,17 +234,18 @@ def _loaded(wanted: Wanted) -> tuple[Engine, dict[str, Any], dict[str, Series]]:
     """
     given, console = wanted.given, wanted.console
     console.start("Loading")
-    tower = {name: given[name] for name in ("paired_heads", "low_memory")}
     if given["size"] is not None:
         bits = _bits(given)
-        names = ("device", "dtype", "keep_quantized", "memory_limit", "seed")
-        chosen = {name: given[name] for name in names}
-        engine = synthetic_engine(given["size"], bits, **chosen, **tower)
+        names = (
+            *("device", "dtype", "keep_quantized", "memory_limit"),
+            *("low_memory", "paired_heads", "seed"),
+        )
+        engine = synthetic_engine(given["size"], bits, **{name: given[name] for name in names})
         return engine, {"synthetic": True, "quantization": str(bits)}, {}
     subject = _stored(wanted)
     state = file_cache_state(sorted(subject.weights.folder.glob("*.safetensors")))
     since = time.perf_counter()
-    engine = load_engine(given["model"], given, **_callbacks(console), **tower)
+    engine = load_engine(given["model"], given, **_callbacks(console))
     load_ms = (time.perf_counter() - since) * 1000
     about = {"synthetic": False, "quantization": subject.quantization, "file_cache": state}
     return engine, about, {"load_ms": Series("ms", (load_ms,))}
