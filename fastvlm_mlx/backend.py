@@ -10,13 +10,15 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from fastvlm_mlx.errors import BackendError
+from fastvlm_mlx.errors import BackendError, FastVLMError
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# The Linux backends as distributions, with the extra of ours that installs each.
-_BACKENDS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
+BACKENDS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
+"""MLX's Linux backends as distributions, with the extra of ours that installs each."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""What can be computed in, by name."""
 
 _compile_disabled_here = False
 
@@ -71,6 +73,28 @@ def select_device(name: str | None = None) -> mx.Device:
     return device
 
 
+def has_scalar_cpu() -> bool:
+    """Whether MLX's own loops are scalar on this machine's CPU: it has no SIMD for x86-64.
+
+    Source: mlx/backend/cpu/simd, which has NEON and Accelerate.
+    """
+    return sys.platform == "linux" and os.uname().machine == "x86_64"
+
+
+def compute_dtype(name: str | None, device: mx.Device) -> mx.Dtype:
+    """Return one of DTYPES by `name`; by default bfloat16, on a CPU float32.
+
+    A CPU's half-precision matrix products are slow. Raises FastVLMError for another name.
+    """
+    import mlx.core as mx
+
+    if name not in (None, *DTYPES):
+        raise FastVLMError(f"unknown dtype {name!r}: use {', '.join(DTYPES)}")
+    default = "float32" if device.type == mx.DeviceType.cpu else "bfloat16"
+    dtype: mx.Dtype = getattr(mx, name or default)
+    return dtype
+
+
 def _installed_backends() -> dict[str, str]:
     """The installed backend distributions and their versions, read off their folders' names.
 
@@ -84,9 +108,9 @@ def _installed_backends() -> dict[str, str]:
             continue
         for entry in entries:
             name, dash, version = entry.removesuffix(".dist-info").partition("-")
-            if dash and entry.endswith(".dist-info") and name.replace("_", "-") in _BACKENDS:
+            if dash and entry.endswith(".dist-info") and name.replace("_", "-") in BACKENDS:
                 versions[name.replace("_", "-")] = version
-    return {name: versions[name] for name in _BACKENDS if name in versions}
+    return {name: versions[name] for name in BACKENDS if name in versions}
 
 
 def _why_no_mlx(versions: dict[str, str], error: ImportError) -> str:
@@ -119,7 +143,7 @@ def _extra(backend: str) -> str:
     """What to give pip for `backend`; macOS needs no extra."""
     if sys.platform != "linux":
         return "fastvlm-mlx"
-    return f"'fastvlm-mlx[{_BACKENDS[backend]}]'"
+    return f"'fastvlm-mlx[{BACKENDS[backend]}]'"
 
 
 def _or_cuda() -> str:

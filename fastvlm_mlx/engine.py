@@ -15,13 +15,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.backend import compute_dtype, select_device
 from fastvlm_mlx.checkpoint.hub import Progress, Say, model_folder
 from fastvlm_mlx.checkpoint.load import decide_tied, load_model
 from fastvlm_mlx.checkpoint.memory import free_bytes, require_memory
 from fastvlm_mlx.checkpoint.store import Checkpoint, open_checkpoint
 from fastvlm_mlx.config import ImageMode, ModelConfig
-from fastvlm_mlx.errors import FastVLMError, PromptError
+from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.events import Generation, GenerationEvent
 from fastvlm_mlx.generate.cache import DEFAULT_FEATURE_BYTES, FeatureCache
 from fastvlm_mlx.generate.clock import Clock
@@ -40,9 +40,8 @@ __all__ = ["EncodedImage", "Engine", "load"]
 
 log = logging.getLogger("fastvlm_mlx")
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Folding and casting hold one module's source beside its result.
-_LOADING_SHARE = 1.2
+LOADING_SHARE = 1.2
+"""Memory of loading over that of the result: one module's source is beside it at a time."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -330,10 +329,9 @@ def load(
 
     Raises a FastVLMError, one line, for anything wrong with names, files or memory.
     """
-    on_cpu = select_device(device).type == mx.DeviceType.cpu
-    if dtype is not None and dtype not in _DTYPES:
-        raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
-    kind = _DTYPES[dtype or ("float32" if on_cpu else "bfloat16")]
+    selected = select_device(device)
+    on_cpu = selected.type == mx.DeviceType.cpu
+    kind = compute_dtype(dtype, selected)
     checkpoint = open_checkpoint(
         model_folder(model, say=say, progress=progress),
         vision_from=None
@@ -350,7 +348,7 @@ def load(
     checkpoint = decide_tied(checkpoint)
     dequantize = _dequantize(checkpoint, kind, on_cpu and not keep_quantized, memory_limit)
     resident = checkpoint.resident_bytes(kind, dequantize=dequantize, paired_heads=paired_heads)
-    require_memory(int(resident * _LOADING_SHARE), limit=memory_limit, what=str(model))
+    require_memory(int(resident * LOADING_SHARE), limit=memory_limit, what=str(model))
     network = load_model(
         checkpoint,
         kind,
@@ -374,7 +372,7 @@ def _dequantize(checkpoint: Checkpoint, dtype: mx.Dtype, wanted: bool, limit: in
     """Whether to unpack quantized weights: only if wanted, and if the result fits in memory."""
     if not checkpoint.quantized_paths or not wanted:
         return False
-    needed = checkpoint.resident_bytes(dtype, dequantize=True) * _LOADING_SHARE
+    needed = checkpoint.resident_bytes(dtype, dequantize=True) * LOADING_SHARE
     fits = needed <= min(free_bytes(), limit if limit is not None else needed)
     if not fits:
         log.warning("not enough memory to dequantize: weights stay quantized, slow on a CPU")

@@ -51,7 +51,8 @@ class Chip:
         )
 
 
-# (name, GPU cores, GB/s, GPU MHz, where cores, bandwidth and clock are from)
+# (name, GPU cores, GB/s, GPU MHz, where cores, bandwidth and clock are from). A bandwidth that a
+# page gives for a chip, with no word about variants, stands for all of them.
 _Row = tuple[str, int | None, float | None, float | None, str, str, str]
 
 _M1_PRO_MAX = (
@@ -59,25 +60,32 @@ _M1_PRO_MAX = (
     "M1-Pro-vs-M1-Max-specs-New-MacBook-Pros-arrive-with-new-Apple-silicon-chips-1619511"
 )
 _M1_ULTRA = "https://thetechportal.com/2022/03/09/apple-mac-studio-display-m1-ultra-chip/"
-_M2 = "https://techspark.in/news/apple-announces-m2-chip-for-macbook-air-2022/"
+_M1_SEVEN = (
+    "https://www.ibtimes.com/why-apples-baseline-macbook-air-m1-chip-only-has-7-core-gpu-3081008"
+)
+_M2 = (
+    "https://www.macrumors.com/2022/06/06/"
+    "apple-announces-m2-chip-with-support-for-up-to-24gb-memory/"
+)
+_M2_EIGHT = "https://news.punchjump.com/2022/07/24/macbook-air-m2-review-stuck-in-mid-air/"
 _M2_PRO_MAX_CORES = "https://www.xda-developers.com/macbook-pro-2023/"
 _PRO_MEMORY = "https://gigazine.net/gsc_news/en/20231101-apple-m3-pro-memory-bandwidth"
 _M2_MAX_ULTRA = "https://www.techspot.com/news/98961-apple-launches-new-mac-studio-m2-max-m2.html"
-_BASE = "https://gist.github.com/kellyshephard"
-_M3_CORES = "https://hothardware.com/news/apples-m3-macbook-air-smokes-m2-model-in-early-benchmarks"
+_M3 = "https://www.idownloadblog.com/2023/10/30/imac-m3-chip/"
 _M3_MAX = "https://support.apple.com/en-au/117737"
 _STUDIO_2025 = "https://english.worldmagazine.it/431260"
-_M4_PRO = "https://support.apple.com/en-sg/121555"
+_M4_EIGHT = "https://wccftech.com/apple-imac-features-a-slower-m4-thanks-to-chip-binning"
+_M4_AND_PRO = "https://support.apple.com/en-sg/121555"
 _M4_MAX = "https://www.macrumors.com/2024/10/30/apple-announces-m4-max-chip/"
 _M5 = (
-    "https://www.macobserver.com/news/"
-    "apples-new-m5-chip-lands-with-4x-ai-gpu-boost-faster-neural-engine-and-higher-memory-bandwidth/"
+    "https://www.tomshardware.com/pc-components/cpus/apple-unveils-m5-chip-with-10-core-cpu-and-"
+    "10-core-gpu-company-says-3nm-chip-offers-4x-peak-gpu-performance-over-m4-for-ai-45-percent-"
+    "graphics-uplift"
 )
-_M5_PRO_MAX = (
-    "https://www.macrumors.com/2026/03/03/"
-    "apple-unveils-macbook-pro-with-m5-pro-and-m5-max-chips-with-neural-accelerators/"
+_M5_PRO_MAX = "https://hothardware.com/news/apple-unveils-macbook-pro-m5-pro-m5-max"
+_M5_VARIANTS = (  # of the 32 cores' memory sources disagree
+    "https://www.notebookcheck.net/Apple-M5-Max-40-Core-GPU-Benchmarks-and-Specs.1245824.0.html"
 )
-_M5_MAX_32 = "https://cputronic.com/cpu/apple-m5-max-32-core-gpu"  # others disagree on its memory
 _A18 = (
     "https://www.notebookcheck.net/"
     "Apple-A18-and-A18-Pro-announced-with-massive-CPU-and-GPU-performance-gains.886423.0.html"
@@ -88,14 +96,14 @@ _A19 = (
 )
 
 _ROWS: tuple[_Row, ...] = (
-    ("Apple M1", 7, 68.256, 1278, _BASE, APPLE_GPU_INFO, METAL_BENCHMARKS),
+    ("Apple M1", 7, 68.256, 1278, _M1_SEVEN, APPLE_GPU_INFO, METAL_BENCHMARKS),
     ("Apple M1", 8, 68.256, 1278, METAL_BENCHMARKS, APPLE_GPU_INFO, METAL_BENCHMARKS),
     ("Apple M1 Pro", 14, 200, 1296, _M1_PRO_MAX, _M1_PRO_MAX, METAL_BENCHMARKS),
     ("Apple M1 Pro", 16, 200, 1296, _M1_PRO_MAX, _M1_PRO_MAX, METAL_BENCHMARKS),
     ("Apple M1 Max", 24, 400, 1296, _M1_PRO_MAX, _M1_PRO_MAX, METAL_BENCHMARKS),
     ("Apple M1 Max", 32, 400, 1296, _M1_PRO_MAX, _M1_PRO_MAX, METAL_BENCHMARKS),
     ("Apple M1 Ultra", 64, 800, 1296, _M1_ULTRA, _M1_ULTRA, METAL_BENCHMARKS),
-    ("Apple M2", 8, 100, 1398, _BASE, _BASE, METAL_BENCHMARKS),
+    ("Apple M2", 8, 100, 1398, _M2_EIGHT, _M2, METAL_BENCHMARKS),
     ("Apple M2", 10, 100, 1398, _M2, _M2, METAL_BENCHMARKS),
     ("Apple M2 Pro", 16, 200, 1398, _M2_PRO_MAX_CORES, _PRO_MEMORY, APPLE_GPU_INFO),
     ("Apple M2 Pro", 19, 200, 1398, _M2_PRO_MAX_CORES, _PRO_MEMORY, APPLE_GPU_INFO),
@@ -103,29 +111,28 @@ _ROWS: tuple[_Row, ...] = (
     ("Apple M2 Max", 38, 400, 1398, _M2_MAX_ULTRA, _M2_MAX_ULTRA, APPLE_GPU_INFO),
     ("Apple M2 Ultra", 60, 800, 1398, _M2_MAX_ULTRA, _M2_MAX_ULTRA, APPLE_GPU_INFO),
     ("Apple M2 Ultra", 76, 800, 1398, _M2_MAX_ULTRA, _M2_MAX_ULTRA, APPLE_GPU_INFO),
-    ("Apple M3", 8, 100, None, _BASE, _BASE, ""),
-    ("Apple M3", 10, 100, None, _M3_CORES, _BASE, ""),
+    ("Apple M3", 8, 100, None, _M3, _M3, ""),
+    ("Apple M3", 10, 100, None, _M3, _M3, ""),
     ("Apple M3 Pro", 14, 150, None, _PRO_MEMORY, _PRO_MEMORY, ""),
     ("Apple M3 Pro", 18, 150, None, _M3_MAX, _M3_MAX, ""),
     ("Apple M3 Max", 30, 300, None, _M3_MAX, _M3_MAX, ""),
     ("Apple M3 Max", 40, 400, None, _M3_MAX, _M3_MAX, ""),
     ("Apple M3 Ultra", 60, 819, None, _STUDIO_2025, _STUDIO_2025, ""),
     ("Apple M3 Ultra", 80, 819, None, _STUDIO_2025, _STUDIO_2025, ""),
-    ("Apple M4", 8, 120, None, _BASE, _BASE, ""),
-    ("Apple M4", 10, 120, None, _M4_PRO, _M4_PRO, ""),
-    ("Apple M4 Pro", 16, 273, None, _M4_PRO, _M4_PRO, ""),
-    ("Apple M4 Pro", 20, 273, None, _M4_PRO, _M4_PRO, ""),
+    ("Apple M4", 8, 120, None, _M4_EIGHT, _M4_AND_PRO, ""),
+    ("Apple M4", 10, 120, None, _M4_AND_PRO, _M4_AND_PRO, ""),
+    ("Apple M4 Pro", 16, 273, None, _M4_AND_PRO, _M4_AND_PRO, ""),
+    ("Apple M4 Pro", 20, 273, None, _M4_AND_PRO, _M4_AND_PRO, ""),
     ("Apple M4 Max", 32, 410, None, _STUDIO_2025, _STUDIO_2025, ""),
     ("Apple M4 Max", 40, 546, None, _M4_MAX, _M4_MAX, ""),
-    ("Apple M5", 8, 153, None, _BASE, _BASE, ""),
+    ("Apple M5", 8, 153, None, _M5_VARIANTS, _M5, ""),
     ("Apple M5", 10, 153, None, _M5, _M5, ""),
     ("Apple M5 Pro", 20, 307, None, _M5_PRO_MAX, _M5_PRO_MAX, ""),
-    ("Apple M5 Max", 32, None, None, _M5_MAX_32, "", ""),
+    ("Apple M5 Max", 32, None, None, _M5_VARIANTS, "", ""),
     ("Apple M5 Max", 40, 614, None, _M5_PRO_MAX, _M5_PRO_MAX, ""),
-    # No source read states a phone's bandwidth but as a leak; of A17 Pro's cores only rumours.
+    # No source read states a phone's bandwidth but as a leak, and A17 Pro's cores but as a rumour.
     ("Apple A15", 5, None, 1336, METAL_BENCHMARKS, "", METAL_BENCHMARKS),
     ("Apple A16", 5, None, None, METAL_BENCHMARKS, "", ""),
-    ("Apple A17 Pro", None, None, None, "", "", ""),
     ("Apple A18", 5, None, None, _A18, "", ""),
     ("Apple A18 Pro", 6, None, None, _A18, "", ""),
     ("Apple A19", 5, None, None, _A19, "", ""),

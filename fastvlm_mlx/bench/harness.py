@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvlm_mlx.bench.inputs import FOLLOW_UP, InputFiles, input_files, prompt_text
-from fastvlm_mlx.bench.results import METRICS, STAGES, Case, CaseResult, Series
+from fastvlm_mlx.bench.results import METRICS, PAPER_STAGES, STAGES, Case, CaseResult, Series
 from fastvlm_mlx.engine import Engine
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.events import Generation, Stats
@@ -28,8 +28,6 @@ from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 
 FIRST_ANSWER_TOKENS = 16
 """Length of the first turn's answer where the second turn is measured."""
-PAPER_STAGES = ("vision_ms", "projector_ms", "prefill_ms", "first_token_ms")
-"""What the paper counts as TTFT: the encoder's latency and the decoder's prefill."""
 
 Say = Callable[[str], None]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from fastvlm_mlx.backend import BACKENDS
 from fastvlm_mlx.bench import system_text
 from fastvlm_mlx.bench.results import MachineCard
 
-_BACKENDS = ("mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 _TOOL_SECONDS = 20
 
@@ -141,7 +141,7 @@ def _blas() -> str:
 
 def _backend() -> str:
     """The installed backend's distribution and version, "" if it has none of its own."""
-    for name in _BACKENDS:
+    for name in ("mlx-metal", *BACKENDS):
         version = _version(name)
         if version:
             return f"{name} {version}"

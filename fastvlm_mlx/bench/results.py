@@ -39,6 +39,8 @@ STAGES = (
     "first_token_ms",
 )
 """The stages of a profiled call, in order; each is waited for, so they add up to more than TTFT."""
+PAPER_STAGES = ("vision_ms", "projector_ms", "prefill_ms", "first_token_ms")
+"""What the paper counts as TTFT: the encoder's latency and the decoder's prefill."""
 
 METRICS: dict[str, Metric] = {
     "ttft_ms": Metric("TTFT", "ms"),
@@ -184,7 +186,10 @@ class MachineCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
-    """Which weights. `quantization` is "16", "8" or "4" if synthetic, else as config.json says."""
+    """Which weights. `quantization` is "16", "8" or "4" if synthetic, else as config.json says.
+
+    `unpacked`: packed weights are held as floats, and computed with as such.
+    """
 
     name: str
     synthetic: bool
@@ -193,6 +198,12 @@ class ModelCard:
     dtype: str
     quantization: str
     fingerprint: str
+    unpacked: bool = False
+
+    @property
+    def held(self) -> str:
+        """How the weights lie in memory, in words."""
+        return "unpacked" if self.unpacked else "as stored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

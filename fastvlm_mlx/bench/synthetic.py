@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.backend import compute_dtype, select_device
 from fastvlm_mlx.bench.random_weights import DTYPE, random_tensor
 from fastvlm_mlx.bench.tower_shapes import tower_shapes
 from fastvlm_mlx.checkpoint.layouts import LAYOUTS
@@ -33,7 +33,7 @@ from fastvlm_mlx.convert.parts import native_parts
 from fastvlm_mlx.convert.pipeline import write_artifact
 from fastvlm_mlx.convert.small_files import write_native_files
 from fastvlm_mlx.convert.sources import Source, float_modules
-from fastvlm_mlx.engine import Engine
+from fastvlm_mlx.engine import LOADING_SHARE, Engine
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.generate.cache import FeatureCache
 from fastvlm_mlx.generate.pipeline import Pipeline
@@ -49,9 +49,6 @@ BITS = (16, 8, 4)
 STORED_DTYPE = str(DTYPE).removeprefix("mlx.core.")
 
 _DEMO = Path(__file__).parents[1] / "demo"
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# As in `engine.load`: folding and casting hold one module's source beside its result.
-_LOADING_SHARE = 1.2
 
 
 def synthetic_engine(
@@ -73,16 +70,14 @@ def synthetic_engine(
     remembered: each answer has `max_tokens` tokens, each picture goes through the tower. Raises
     FastVLMError for another size, MemoryLimitError if it is too big.
     """
-    on_cpu = select_device(device).type == mx.DeviceType.cpu
-    name = dtype or ("float32" if on_cpu else "bfloat16")
-    if name not in _DTYPES:
-        raise FastVLMError(f"unknown dtype {dtype!r}: use {', '.join(_DTYPES)}")
-    kind = _DTYPES[name]
+    selected = select_device(device)
+    on_cpu = selected.type == mx.DeviceType.cpu
+    kind = compute_dtype(dtype, selected)
     checkpoint = synthetic_checkpoint(size, bits, seed=seed)
     dequantize = bits != 16 and on_cpu and not keep_quantized
     resident = checkpoint.resident_bytes(kind, dequantize=dequantize, paired_heads=paired_heads)
     require_memory(
-        int(resident * _LOADING_SHARE), limit=memory_limit, what=synthetic_name(size, bits)
+        int(resident * LOADING_SHARE), limit=memory_limit, what=synthetic_name(size, bits)
     )
     model = load_model(
         checkpoint,
