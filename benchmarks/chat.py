@@ -65,9 +65,9 @@ def watched(turn: Turn) -> Iterator[list[int]]:
     passes: list[int] = []
     real_hidden, real_tower = Decoder.hidden, FastViTHD.__call__
 
-    def hidden(self: Decoder, embeddings: mx.array, cache: Any) -> mx.array:
+    def hidden(self: Decoder, embeddings: mx.array, cache: Any, **how: Any) -> mx.array:
         passes.append(embeddings.shape[1])
-        return real_hidden(self, embeddings, cache)
+        return real_hidden(self, embeddings, cache, **how)
 
     def tower(self: FastViTHD, pixels: mx.array) -> mx.array:
         turn.tower_runs += pixels.shape[0]

@@ -14,7 +14,7 @@ from functools import partial
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from fastvlm_mlx.bench.costs import Cost, Storage, decode_cost, layers_cost, vision_cost
+from fastvlm_mlx.bench.costs import Cost, Storage, decode_cost, prefill_cost, vision_cost
 from fastvlm_mlx.config import DecoderConfig, VisionConfig
 from fastvlm_mlx.generate.loop import prefill
 from fastvlm_mlx.model.decoder import Decoder, KVLayer
@@ -123,7 +123,7 @@ def measure_prefill(model: FastVLM, storage: Storage, lengths: Sequence[int]) ->
         embeddings = decoder.embed(mx.arange(length)[None] % decoder.config.vocab_size)
         mx.eval(embeddings)
         cache = decoder.make_cache(storage.kv_bits)
-        point = _point("prefill", length, layers_cost(decoder.config, storage, tokens=length))
+        point = _point("prefill", length, prefill_cost(decoder.config, storage, tokens=length))
         point.count(partial(_evaluate, prefill, decoder, embeddings, cache))
         point.held_bytes = kv_bytes(cache)
         point.bound_bytes = prefill_bound(decoder.config, storage, length)

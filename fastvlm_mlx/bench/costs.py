@@ -228,6 +228,18 @@ def layers_cost(config: DecoderConfig, storage: Storage, *, tokens: int, cached:
     )
 
 
+def prefill_cost(config: DecoderConfig, storage: Storage, *, tokens: int, cached: int = 0) -> Cost:
+    """Return what the layers cost if only the last of `tokens` new positions is asked for.
+
+    Of the others the last layer needs keys and values, which are made with the queries.
+    """
+    whole = layers_cost(config, storage, tokens=tokens, cached=cached)
+    spared = sum(rows * columns for rows, columns in _layer_products(config)[3:])
+    pairs = (tokens - 1) * cached + tokens * (tokens - 1) // 2
+    flops = 2 * (tokens - 1) * spared + 4 * config.hidden_size * pairs
+    return Cost(whole.flops - flops, whole.weight_bytes, whole.other_bytes)
+
+
 def head_cost(config: DecoderConfig, storage: Storage) -> Cost:
     """Return what the logits of one position cost."""
     vocab, hidden = config.vocab_size, config.hidden_size

@@ -17,15 +17,12 @@ from fastvlm_mlx.bench.costs import (
     WeightBytes,
     decode_cost,
     head_cost,
-    layers_cost,
+    prefill_cost,
     projector_cost,
     vision_cost,
 )
-from fastvlm_mlx.bench.results import Limit
+from fastvlm_mlx.bench.results import PAPER_STAGES, Limit
 from fastvlm_mlx.config import ModelConfig
-
-PAPER_STAGES = ("vision_ms", "projector_ms", "prefill_ms", "first_token_ms")
-"""What TTFT as the paper counts is made of; its limit is the sum of theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +64,7 @@ def stage_costs(
             config.vision, storage, height=resolution, width=resolution, images=images
         )
         costs["projector_ms"] = projector_cost(config, storage, tokens=tokens)
-    costs["prefill_ms"] = layers_cost(decoder, storage, tokens=prompt_tokens)
+    costs["prefill_ms"] = prefill_cost(decoder, storage, tokens=prompt_tokens)
     costs["first_token_ms"] = head_cost(decoder, storage)
     costs["decode_tps"] = decode_cost(decoder, storage, context=context)
     if weights is not None:

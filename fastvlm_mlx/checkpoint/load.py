@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
+from fastvlm_mlx.backend import has_scalar_cpu
 from fastvlm_mlx.checkpoint.fuse import fuse_module, module_paths, pair_heads
 from fastvlm_mlx.checkpoint.layouts import first_few
 from fastvlm_mlx.checkpoint.store import (
@@ -72,10 +73,10 @@ def load_model(
     A stored head is used, be it a copy of the embedding: `decide_tied` drops that one beforehand.
     `dtype` is float32, bfloat16 or float16. `dequantize` turns quantized modules into plain ones.
     `paired_heads` and `low_memory` are forms of the tower (`FastViTHD`). `fuse_decoder=False` keeps
-    mlx-lm's layers, `cpu_forms=False` the plain tower and products on a CPU in float32 too
-    (`FastVLM.use_cpu_forms`): to compare with. `progress` gets (bytes read, bytes in all).
-    Raises CheckpointMismatch for tensors that do not fit, CheckpointError for a file that cannot
-    be read and ConfigError for heads that cannot be paired.
+    mlx-lm's layers, `cpu_forms=False` the plain tower and products on a CPU in float32 too, where
+    x86-64 has its own (`FastVLM.use_cpu_forms`): to compare with. `progress` gets (bytes read,
+    bytes in all). Raises CheckpointMismatch for tensors that do not fit, CheckpointError for a file
+    that cannot be read and ConfigError for heads that cannot be paired.
     """
     model = FastVLM(checkpoint.config, dtype, paired_heads=paired_heads, low_memory=low_memory)
     weights = []
@@ -93,7 +94,8 @@ def load_model(
     if fuse_decoder:
         with nothing_cached():
             model.decoder.fuse()
-    if cpu_forms and dtype == mx.float32 and mx.default_device().type == mx.DeviceType.cpu:
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    if cpu_forms and on_cpu and dtype == mx.float32 and has_scalar_cpu():
         model.use_cpu_forms()
     model.eval()
     return model

@@ -99,8 +99,15 @@ def command(
     if images:
         console.start("Reading the picture" if len(images) == 1 else "Reading the pictures")
     reduced = given["reduced_jpeg"]
+    # Where TTFT is told, it must count from the encoded bytes: nothing is made ahead. Nor is a
+    # reduced picture, whose size depends on the model.
+    ahead = not (as_json or stats or reduced)
     pictures = Pictures(
-        images, given["background"], asked=question is not None, reduced_to=1 if reduced else None
+        images,
+        given["background"],
+        asked=question is not None,
+        ahead=ahead,
+        reduced_to=1 if reduced else None,
     )
     import fastvlm_mlx.engine  # noqa: F401  (while the pictures are decoded)
 
@@ -108,9 +115,6 @@ def command(
     model = chosen_model(model, console)
     console.start(f"Loading {model}")
     form = {name: given[name] for name in ("resolution", "image_mode")}
-    # Where TTFT is told, it must count from the encoded bytes: nothing is made ahead. Nor is a
-    # reduced picture, whose size depends on the model: it was only checked.
-    ahead = not (as_json or stats or reduced)
     engine = load_engine(
         model,
         given,

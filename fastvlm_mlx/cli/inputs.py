@@ -7,7 +7,7 @@ fitting of its pictures, so that they are made while its weights are read.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from fastvlm_mlx.config import ImageMode, ModelConfig
+
+# Pictures decoded before the model is there: 36 MB each for 12 megapixels.
+_AHEAD = 4
 
 log = logging.getLogger("fastvlm_mlx")
 
@@ -55,7 +58,8 @@ class Pictures:
     """A command line's pictures on their way to a model: read, decoded, fitted, each in time.
 
     Bytes are read at once, where Ctrl-C works. A thread decodes them while Python imports, and
-    fits them while weights are read; both give up Python's lock.
+    fits the first few while weights are read; both give up Python's lock. Of the others only the
+    bytes are kept.
     """
 
     def __init__(
@@ -64,11 +68,15 @@ class Pictures:
         background: tuple[int, int, int],
         *,
         asked: bool,
+        ahead: bool = True,
         reduced_to: int | None = None,
     ) -> None:
-        """Read the sources and begin to decode. Raises UsageError, ImageError or FetchError."""
+        """Read the sources and begin to decode; only to check them, if nothing is made `ahead`.
+
+        Raises UsageError, ImageError or FetchError.
+        """
         self.encoded = [_read(source, asked=asked) for source in _checked(sources)]
-        self._decoding: list[Future[Image.Image]] = []
+        self._decoding: list[Future[Image.Image | None]] = []
         self._fitting: list[Future[np.ndarray]] = []
         if not sources:
             return
@@ -78,12 +86,13 @@ class Pictures:
         from fastvlm_mlx.prompt.sources import source_name
 
         self._thread = ThreadPoolExecutor(1)
-        for source, data in zip(sources, self.encoded, strict=True):
+        for place, (source, data) in enumerate(zip(sources, self.encoded, strict=True)):
             name = source_name(source)
             decode = partial(
                 open_image, data, background=background, name=name, reduced_to=reduced_to
             )
-            self._decoding.append(self._thread.submit(decode))
+            work = decode if ahead and place < _AHEAD else partial(_check, decode)
+            self._decoding.append(self._thread.submit(work))
 
     def check(self) -> None:
         """Wait for the decoding. Raises ImageError for the first picture that is none."""
@@ -97,14 +106,22 @@ class Pictures:
         if self._decoding:
             from fastvlm_mlx.prompt.image import fit
 
-            for decoding in self._decoding:
+            for image in (decoding.result() for decoding in self._decoding[:_AHEAD]):
+                assert image is not None  # only later ones are but checked
                 self._fitting.append(
-                    self._thread.submit(fit, decoding.result(), size, mode or config.image_mode)
+                    self._thread.submit(fit, image, size, mode or config.image_mode)
                 )
+            self._decoding.clear()  # a decoded picture goes when it is fitted
+            self._thread.shutdown(wait=False)
 
-    def pixels(self) -> list[np.ndarray]:
-        """Return the fitted pictures, uint8 [size, size, 3]. Raises ImageError."""
-        return [fitting.result() for fitting in self._fitting]
+    def pixels(self) -> list[np.ndarray | bytes]:
+        """Return the pictures: uint8 [size, size, 3] if fitted, else encoded. Raises ImageError."""
+        fitted = [fitting.result() for fitting in self._fitting]
+        return [*fitted, *self.encoded[len(fitted) :]]
+
+
+def _check(decode: Callable[[], object]) -> None:
+    decode()
 
 
 def _checked(sources: Sequence[str]) -> Sequence[str]:

@@ -133,7 +133,7 @@ def prefill(
         mx.clear_cache()
     if cancelled():
         raise Cancelled
-    return decoder.hidden(embeddings[:, last:], cache)[:, -1:]
+    return decoder.hidden(embeddings[:, last:], cache, last_only=True)
 
 
 def logprobs_along(

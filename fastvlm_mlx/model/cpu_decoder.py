@@ -49,10 +49,15 @@ class RowEmbedding(nn.Embedding):
 def row_product(x: mx.array, weight: mx.array) -> mx.array:
     """Return `x @ weight.T` of one position: x [...,I], all but the last axis 1; weight [O,I]."""
     rows, width = weight.shape
-    most = max(1, SMALL // width)
-    piece = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
-    pieces = weight.reshape(-1, piece, width).swapaxes(1, 2)
-    return (x.reshape(1, 1, width) @ pieces).reshape(*x.shape[:-1], rows)
+    fewest = -(-rows // max(1, SMALL // width))
+    even = (count for count in range(fewest, 2 * fewest + 1) if rows % count == 0)
+    count = next(even, fewest)
+    cut = rows // count * count
+    pieces = weight[:cut].reshape(count, -1, width).swapaxes(1, 2)
+    y = (x.reshape(1, 1, width) @ pieces).reshape(1, cut)
+    if cut < rows:  # a few rows, where no even cut is near: a vocabulary with words added
+        y = mx.concatenate([y, x.reshape(1, width) @ weight[cut:].T], axis=1)
+    return y.reshape(*x.shape[:-1], rows)
 
 
 def use_row_products(decoder: nn.Module) -> None:

@@ -15,7 +15,13 @@ import mlx.nn as nn
 from fastvlm_mlx.config import DecoderConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.model.fused_qwen2 import FusedBlock, source_weights
-from fastvlm_mlx.model.mlx_lm_parts import KVCache, Model, ModelArgs, QuantizedKVCache
+from fastvlm_mlx.model.mlx_lm_parts import (
+    KVCache,
+    Model,
+    ModelArgs,
+    QuantizedKVCache,
+    create_attention_mask,
+)
 
 KVLayer: TypeAlias = KVCache | QuantizedKVCache
 
@@ -73,13 +79,30 @@ class Decoder(nn.Module):
         """Token ids [B,n], any integer dtype, to embeddings [B,n,H] of `dtype`."""
         return self.qwen2.model.embed_tokens(ids).astype(self.dtype)
 
-    def hidden(self, embeddings: mx.array, cache: Sequence[KVLayer] | None) -> mx.array:
+    def hidden(
+        self,
+        embeddings: mx.array,
+        cache: Sequence[KVLayer] | None,
+        *,
+        last_only: bool = False,
+    ) -> mx.array:
         """Run the layers: embeddings [B,n,H] to states [B,n,H] of `dtype`, after the final norm.
 
         The n positions follow those in `cache`, which is advanced by n; None means no cache.
+        `last_only` returns the last position's state [B,1,H]: of the others the last layer then
+        computes keys and values, and nothing that no one reads.
         """
         states = embeddings.astype(self.dtype)
-        return self.qwen2.model(None, cache=cache, input_embeddings=states)
+        model = self.qwen2.model
+        *layers, final = model.layers
+        if not last_only or not isinstance(final, FusedBlock):
+            states = model(None, cache=cache, input_embeddings=states)
+            return states[:, -1:] if last_only else states
+        kept = [None] * len(model.layers) if cache is None else cache
+        mask = create_attention_mask(states, kept[0])
+        for layer, kv in zip(layers, kept, strict=False):
+            states = layer(states, mask, kv)
+        return model.norm(final(states, mask, kept[-1], last_only=True))
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Apply the head: states [B,m,H] to logits [B,m,V] of `dtype`."""

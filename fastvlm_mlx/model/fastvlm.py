@@ -122,7 +122,8 @@ class FastVLM(nn.Module):
     def embed(self, parts: Sequence[Sequence[int] | mx.array]) -> mx.array:
         """Return embeddings [1, n, hidden] of token ids and features [tokens, hidden], in order."""
         rows = [
-            (part if isinstance(part, mx.array) else self.decoder.embed(mx.array([part]))[0])
+            # Squeezed, not indexed: an integer index gathers, which copies.
+            part if isinstance(part, mx.array) else self.decoder.embed(mx.array([part])).squeeze(0)
             for part in parts
             if len(part)
         ]

@@ -52,7 +52,11 @@ class FusedAttention(nn.Module):
         cache: KVCache | QuantizedKVCache | None,
         residual: mx.array,
     ) -> mx.array:
-        """Return `residual` plus attention over normed states `x`, both [B,n,H]."""
+        """Return `residual` plus attention over normed states `x` [B,n,H].
+
+        `residual` is [B,n,H], or [B,1,H]: then the last position alone is looked at, to which
+        nothing is masked.
+        """
         batch, length, _ = x.shape
         heads = self.qkv_proj(x).reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
         turned, values = mx.split(heads, [self.n_heads + self.n_kv_heads], axis=1)
@@ -60,8 +64,10 @@ class FusedAttention(nn.Module):
         queries, keys = mx.split(turned, [self.n_heads], axis=1)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+        if residual.shape[1] < length:
+            queries, mask = queries[:, :, -1:], None
         seen = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        seen = seen.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        seen = seen.transpose(0, 2, 1, 3).reshape(batch, residual.shape[1], -1)
         return _added(residual, seen, self.o_proj)
 
 
@@ -96,14 +102,20 @@ class FusedBlock(nn.Module):
         x: mx.array,
         mask: mx.array | str | None = None,
         cache: KVCache | QuantizedKVCache | None = None,
+        *,
+        last_only: bool = False,
     ) -> mx.array:
-        """Return states [B,n,H] after the layer; `cache` is advanced by n."""
+        """Return states [B,n,H] after the layer; `cache` is advanced by n.
+
+        `last_only` returns the last position's alone, [B,1,H].
+        """
         attention, mlp = self.self_attn, self.mlp
         normed = self.input_layernorm(x)
         if isinstance(attention, FusedAttention):
-            x = attention(normed, mask, cache, x)
+            x = attention(normed, mask, cache, x[:, -1:] if last_only else x)
         else:
             x = x + attention(normed, mask, cache)
+            x = x[:, -1:] if last_only else x
         normed = self.post_attention_layernorm(x)
         return mlp(normed, x) if isinstance(mlp, FusedMLP) else x + mlp(normed)
 

@@ -25,6 +25,7 @@ from fastvlm_mlx.errors import BackendError
 
 if TYPE_CHECKING:
     from mlx_lm.models.activations import swiglu
+    from mlx_lm.models.base import create_attention_mask
     from mlx_lm.models.base import scaled_dot_product_attention as attend
     from mlx_lm.models.cache import KVCache, QuantizedKVCache
     from mlx_lm.models.qwen2 import Model, ModelArgs
@@ -44,6 +45,7 @@ __all__ = [
     "apply_top_k",
     "apply_top_p",
     "attend",
+    "create_attention_mask",
     "make_logits_processors",
     "swiglu",
 ]
@@ -83,6 +85,7 @@ if not TYPE_CHECKING:
     Model, ModelArgs = _qwen2.Model, _qwen2.ModelArgs
     # Taken from where Qwen2 itself takes them: the same objects, whichever way it was loaded.
     attend, swiglu = _qwen2.scaled_dot_product_attention, _qwen2.swiglu
+    create_attention_mask = _qwen2.create_attention_mask
     KVCache, QuantizedKVCache = _cache.KVCache, _cache.QuantizedKVCache
     apply_min_p, apply_top_k = _sample_utils.apply_min_p, _sample_utils.apply_top_k
     apply_top_p = _sample_utils.apply_top_p

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,3 +63,25 @@ def test_a_broken_picture_is_told_by_its_name(tmp_path: Path) -> None:
     pictures = Pictures([str(path)], WHITE, asked=True)
     with pytest.raises(ImageError, match=r"broken\.png"):
         pictures.check()
+
+
+def test_of_many_pictures_only_the_first_few_are_held_decoded(tmp_path: Path) -> None:
+    """Fifty photos of 12 megapixels would be 1.8 GB beside the model's weights."""
+    paths = []
+    for number in range(7):
+        paths.append(str(tmp_path / f"{number}.png"))
+        Image.fromarray(frozen.picture(64, 96, number)).save(paths[-1])
+    pictures = Pictures(paths, WHITE, asked=True)
+    pictures.check()
+    engine = fv.load("demo", on_config=lambda config: pictures.fit(config, 128, None))
+    given = pictures.pixels()
+    assert [type(picture) for picture in given] == [np.ndarray] * 4 + [bytes] * 3
+    digests = [engine.encode(picture, resolution=128).digest for picture in given]
+    assert digests == [engine.encode(path, resolution=128).digest for path in paths]
+
+
+def test_pictures_that_are_only_checked_are_not_held() -> None:
+    path = Path(__file__).parents[2] / "examples" / "images" / "number_42.png"
+    pictures = Pictures([str(path)], WHITE, asked=True, ahead=False)
+    pictures.check()
+    assert pictures._decoding[0].result() is None and pictures.pixels() == pictures.encoded

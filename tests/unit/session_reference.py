@@ -152,9 +152,9 @@ def watched() -> Iterator[Work]:
     work = Work()
     real_hidden, real_tower = Decoder.hidden, FastViTHD.__call__
 
-    def hidden(self: Decoder, embeddings: mx.array, cache: Any) -> mx.array:
+    def hidden(self: Decoder, embeddings: mx.array, cache: Any, **how: Any) -> mx.array:
         work.positions += embeddings.shape[1]
-        return real_hidden(self, embeddings, cache)
+        return real_hidden(self, embeddings, cache, **how)
 
     def tower(self: FastViTHD, pixels: mx.array) -> mx.array:
         work.pictures += pixels.shape[0]

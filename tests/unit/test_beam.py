@@ -55,9 +55,9 @@ def test_the_prompt_is_prefilled_once_and_each_step_runs_one_row_a_beam(
     shapes: list[tuple[int, ...]] = []
     hidden, logits = Decoder.hidden, Decoder.logits
 
-    def note_hidden(self: Decoder, x: mx.array, cache: Any) -> mx.array:
+    def note_hidden(self: Decoder, x: mx.array, cache: Any, **how: Any) -> mx.array:
         shapes.append(x.shape[:2])
-        return hidden(self, x, cache)
+        return hidden(self, x, cache, **how)
 
     def note_logits(self: Decoder, x: mx.array) -> mx.array:
         assert x.shape[1] == 1

@@ -19,6 +19,7 @@ from fastvlm_mlx.bench.costs import (
     head_cost,
     held_weight_bytes,
     layers_cost,
+    prefill_cost,
     projector_cost,
     vision_cost,
     vision_parts,
@@ -141,6 +142,27 @@ def test_prefills_operations_are_those_of_its_graph_less_the_masked_pairs(size: 
     masked = tokens * (tokens - 1) // 2
     cost = layers_cost(config, FLOAT32, tokens=tokens)
     assert traced_flops(primitives) == cost.flops + 2 * 4 * config.hidden_size * masked
+
+
+@pytest.mark.parametrize("size", PRESETS)
+def test_a_prefill_for_one_state_is_spared_what_only_other_positions_need(size: str) -> None:
+    config, tokens = one_layer(size, 2), 286
+    decoder = hollow_decoder(config)
+    decoder.fuse(evaluate=False)
+    embeddings = mx.zeros((1, tokens, config.hidden_size))
+    primitives = trace(
+        lambda x: decoder.hidden(x, decoder.make_cache(), last_only=True), embeddings
+    )
+    masked = tokens * (tokens - 1) // 2  # in the first layer; the second has one query
+    cost = prefill_cost(config, FLOAT32, tokens=tokens)
+    assert traced_flops(primitives) == cost.flops + 4 * config.hidden_size * masked
+    assert cost.flops < layers_cost(config, FLOAT32, tokens=tokens).flops
+
+
+def test_a_prefill_of_one_position_is_a_step() -> None:
+    config = PRESETS["0.5b"].decoder
+    one = prefill_cost(config, FLOAT32, tokens=1, cached=99)
+    assert one.flops == layers_cost(config, FLOAT32, tokens=1, cached=99).flops
 
 
 @pytest.mark.parametrize("size", PRESETS)

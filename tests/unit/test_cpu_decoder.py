@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 import fastvlm_mlx as fv
 from benchmarks.graph_trace import trace
+from fastvlm_mlx.backend import has_scalar_cpu
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.config import PRESETS
@@ -30,7 +31,7 @@ SHAPES = sorted(
 )
 
 
-@pytest.mark.parametrize(("rows", "width"), [*SHAPES[:4], (1, 7), (13, 5), (1152, 896), (7, 3000)])
+@pytest.mark.parametrize(("rows", "width"), [*SHAPES[:4], (1117, 1800), (1, 7), (13, 5), (7, 3000)])
 def test_a_row_product_is_the_product(rows: int, width: int) -> None:
     weight, x = mx.random.normal((rows, width)), mx.random.normal((1, 1, width))
     found, wanted = np.array(row_product(x, weight)), np.array(x, np.float64) @ np.array(weight).T
@@ -49,6 +50,16 @@ def test_a_row_product_is_one_product_of_views_each_small_enough(rows: int, widt
     assert pieces == 1 or piece * width > SMALL / 4, "needlessly many"
 
 
+@pytest.mark.parametrize("rows", [151647, 151665, 151651, 151936])
+def test_a_vocabulary_that_no_even_cut_divides_is_not_cut_into_crumbs(rows: int) -> None:
+    """The largest divisor was taken: a prime number of words made a product a row."""
+    weight = mx.broadcast_to(mx.array(0.0), (rows, 896))
+    products = [p for p in trace(row_product, mx.zeros((1, 896)), weight) if p.name == "Matmul"]
+    assert len(products) <= 2 and products[0].inputs[1][0][0] <= 2 * -(-rows * 896 // SMALL)
+    assert all(p.inputs[1][0][-1] * 896 <= SMALL for p in products)
+
+
+@pytest.mark.skipif(not has_scalar_cpu(), reason="other CPUs keep the plain form")
 def test_only_plain_float32_layers_on_a_cpu_are_replaced_and_none_of_their_arrays_copied() -> None:
     checkpoint = open_checkpoint(fv.load("demo").source)
     plain = load_model(checkpoint, mx.float32, dequantize=False, cpu_forms=False)

@@ -37,9 +37,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
     for name in ("hidden", "logits"):
         real = getattr(Decoder, name)
 
-        def watched(self, states, *rest, _name=name, _real=real):  # type: ignore[no-untyped-def]
+        def watched(self, states, *rest, _name=name, _real=real, **how):  # type: ignore[no-untyped-def]
             log.append((_name, states.shape[1]))
-            return _real(self, states, *rest)
+            return _real(self, states, *rest, **how)
 
         monkeypatch.setattr(Decoder, name, watched)
     yield log

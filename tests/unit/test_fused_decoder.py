@@ -28,7 +28,7 @@ from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.store import open_checkpoint
 from fastvlm_mlx.cli.main import main
 from fastvlm_mlx.config import PRESETS, DecoderConfig
-from fastvlm_mlx.engine import Engine
+from fastvlm_mlx.engine import Engine, load
 from fastvlm_mlx.model import fused_qwen2
 from fastvlm_mlx.model.decoder import Decoder, KVLayer
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -420,3 +420,39 @@ def test_float32_on_a_cpu_is_inside_of_norms_and_rotations_only() -> None:
     norm = {"AsType", "Square", "Reduce", "Sqrt", "Add", "Multiply"}
     rotation = {"AsType", "Arange", "ExpandDims", "Exp", "Cos", "Sin", "Add", "Multiply"}
     assert wide <= norm | rotation | {"Broadcast"}
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+@pytest.mark.parametrize("lengths", [(7,), (5, 3), (1, 1), (4, 1)])
+def test_the_last_state_alone_is_the_last_of_all_and_the_cache_is_the_same(
+    lengths: tuple[int, ...], kv_bits: int | None
+) -> None:
+    decoder = engine_decoder()
+    caches = [decoder.make_cache(kv_bits) for _ in range(2)]
+    for length in lengths:
+        x = mx.random.normal((1, length, decoder.config.hidden_size))
+        whole = decoder.hidden(x, caches[0])[:, -1:]
+        last = decoder.hidden(x, caches[1], last_only=True)
+        assert last.shape == whole.shape
+        assert mx.allclose(last, whole, rtol=1e-4, atol=1e-5).item()
+    for one, other in zip(*caches, strict=True):
+        assert one.offset == other.offset == sum(lengths)
+        for a, b in zip(tree_flatten(one.state), tree_flatten(other.state), strict=True):
+            assert mx.array_equal(a[1], b[1]).item()
+
+
+def test_the_last_layer_computes_nothing_for_positions_that_nobody_reads() -> None:
+    """All layers ran whole: 3.9 % of 0.5B's prefill was thrown away."""
+    decoder, length = engine_decoder(), 9
+    x = mx.zeros((1, length, decoder.config.hidden_size))
+    rows = [
+        primitive.inputs[0][0][-2] if primitive.name == "Matmul" else primitive.shape[-2]
+        for primitive in trace(lambda x: decoder.hidden(x, decoder.make_cache(), last_only=True), x)
+        if primitive.name in ("Matmul", "AddMM") and len(primitive.shape) < 4
+    ]
+    # qkv, o_proj, gate_up, down_proj of each layer
+    assert rows == [length] * (4 * (decoder.config.num_layers - 1) + 1) + [1] * 3
+
+
+def engine_decoder() -> Decoder:
+    return load("demo").pipeline.model.decoder

@@ -333,8 +333,8 @@ def fail_to_evaluate(patch: pytest.MonkeyPatch) -> type[Exception]:
     """The failed graph stayed in the layers: ask, fork and save raised for ever."""
     real = Decoder.hidden
 
-    def hidden(self: Decoder, embeddings: mx.array, cache: list) -> mx.array:
-        return real(self, embeddings + never_computed(), cache)
+    def hidden(self: Decoder, embeddings: mx.array, cache: list, **how: object) -> mx.array:
+        return real(self, embeddings + never_computed(), cache, **how)
 
     patch.setattr(Decoder, "hidden", hidden)
     return RuntimeError
