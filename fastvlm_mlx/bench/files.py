@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bench.report import CSV_COLUMNS
 from fastvlm_mlx.bench.results import Report
+from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.generate.whole_file import expanded, open_regular, printed, replacing, unsaved
 
@@ -118,7 +118,7 @@ def write_json(path: Place, values: Any) -> None:
 
 
 def write_csv(path: Place, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `report.csv_rows`'s rows under their heading. Raises FastVLMError as `write_json`."""
+    """Write `csv_rows`'s rows under their heading. Raises FastVLMError as `write_json`."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -117,7 +117,9 @@ def _preferred(chip: Peaks | None, probe: Peaks | None) -> _Chosen:
     memory = next((p for p in (chip, probe) if p is not None and p.bandwidth_bytes_s), None)
     words = []
     if compute is not None and compute.flops_s:
-        words.append(f"{compute.flops_s / 1e12:.3g} TFLOP/s in {compute.dtype} ({compute.how})")
+        words.append(f"{compute.flops_s / 1e12:.3g} TFLOP/s in {compute.dtype}")
+        if compute is not memory:
+            words[-1] += f" ({compute.how})"
     if memory is not None and memory.bandwidth_bytes_s:
         words.append(f"{memory.bandwidth_bytes_s / 1e9:.3g} GB/s ({memory.how})")
     return _Chosen(

@@ -29,7 +29,7 @@ _COLOURS = {
     "first_token_ms": "#ccbb44",
 }
 _SIDES = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
-_UNFENCED, _LIMIT = "TTFT, nothing waited for", "vision, the chip's limit"
+_UNFENCED, _LIMIT = "TTFT, nothing waited for", "vision, the limit"
 _COMPARED = ("ttft_ms", "second_turn_ttft_ms", "decode_tps", "peak_bytes")
 
 

@@ -1,4 +1,4 @@
-"""A report as lines for a terminal of 80 columns, and as tidy rows for a spreadsheet.
+"""A report as lines for a terminal of 80 columns.
 
 Knows which figure belongs beside which. Measures nothing and draws nothing.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from fastvlm_mlx.bench.figures import (
     COLD,
@@ -25,18 +24,13 @@ from fastvlm_mlx.bench.results import METRICS, STAGES, CaseResult, Limit, Report
 from fastvlm_mlx.checkpoint.memory import readable_bytes
 
 WIDTH = 80
+_ABOVE = "above the peak"
+_WHY_ABOVE = (
+    "done sooner than the limit. A measured peak is no more than the probe reached, less beside "
+    "other work; and what is small may be read from a cache."
+)
 _INDENT = 10
 _DIGEST = 8  # hexadecimal digits of a hash that are shown; the JSON has them all
-
-CSV_COLUMNS = (
-    "runtime", "created", "chip", "gpu_cores", "device", "os", "power", "mlx", "backend",
-    "model", "parameters", "dtype", "quantization", "fingerprint", "file_cache",
-    "case", "resolution", "images", "prompt", "max_tokens",
-    "prompt_tokens", "image_tokens", "generated_tokens",
-    "metric", "unit", "better", "median", "p90", "n", "first_third", "last_third", "min", "max",
-    "flops", "bytes", "limit_ms", "bound", "probe_ms",
-)  # fmt: skip
-"""What a row of `csv_rows` has, in order; the case's are empty for what is measured once."""
 
 
 def table(report: Report) -> str:
@@ -46,9 +40,11 @@ def table(report: Report) -> str:
         lines += ["", *_once(report)]
     for result in report.cases:
         lines += ["", *_case(result)]
-    sources = (limit.source for result in report.cases for limit in result.limits.values())
-    for source in dict.fromkeys(filter(None, sources)):
+    limits = [limit for result in report.cases for limit in result.limits.values()]
+    for source in dict.fromkeys(limit.source for limit in limits if limit.source):
         lines += ["", *_wrapped(f"limit: {source}", "  ")]
+    if any(line.endswith(_ABOVE) for line in lines):
+        lines += _wrapped(f"  {_ABOVE}: {_WHY_ABOVE}", "  ")
     return "\n".join(lines)
 
 
@@ -86,7 +82,7 @@ def heading(report: Report) -> Iterator[str]:
             f"{model.parameters / 1e6:.4g} M parameters",
             f"{readable_bytes(model.weight_bytes)} of weights",
             bits_of(model),
-            f"computing in {model.dtype}",
+            f"computing {'unpacked ' if model.unpacked else ''}in {model.dtype}",
             f"fingerprint {model.fingerprint[:_DIGEST]}" if model.fingerprint else "",
         ],
     )
@@ -211,7 +207,10 @@ def _stage(label: str, median_ms: float, share: str, limit: Limit | None) -> str
     line += f"{shown(limit.limit_ms, 'ms'):>10}"
     if not median_ms:
         return line
-    return f"{line}{limit.limit_ms / median_ms:>5.0%}{f' of {limit.bound}' if limit.bound else ''}"
+    reached = limit.limit_ms / median_ms
+    if reached > 1:  # no share of a peak: whatever the peak is, it is not this machine's
+        return f"{line}  {_ABOVE}"
+    return f"{line}{reached:>5.0%}{f' of {limit.bound}' if limit.bound else ''}"
 
 
 def _work(flops: float) -> str:
@@ -239,56 +238,3 @@ def overview(reports: Sequence[Report]) -> Iterator[str]:
         )
         model = f"  {report.model.name}" if len(reports) > 1 else ""
         yield f"{case.resolution:>5}{case.images:>7} {case.prompt:<{prompt}}{cells}{model}"
-
-
-def csv_rows(report: Report) -> list[dict[str, Any]]:
-    """Return a row for each case and figure, with every statistic; keys are CSV_COLUMNS.
-
-    Times in milliseconds, speeds in tokens/s, memory in bytes. What is not known is "".
-    """
-    machine, model = report.machine, report.model
-    whole = {
-        "runtime": report.runtime,
-        "created": report.created,
-        **{name: getattr(machine, name) for name in ("chip", "gpu_cores", "device", "os", "power")},
-        "mlx": machine.mlx,
-        "backend": machine.backend,
-        "model": model.name,
-        **{name: getattr(model, name) for name in ("parameters", "dtype", "quantization")},
-        "fingerprint": model.fingerprint,
-        "file_cache": report.settings.file_cache,
-    }
-    rows = [whole | _csv_figure(name, report.once[name]) for name in ordered(report.once)]
-    for result in report.cases:
-        case = result.case
-        about = {
-            "case": case.name,
-            **{name: getattr(case, name) for name in ("resolution", "images", "prompt")},
-            "max_tokens": case.max_tokens,
-            "prompt_tokens": result.prompt_tokens,
-            "image_tokens": result.image_tokens,
-            "generated_tokens": result.generated_tokens,
-        }
-        for name in ordered(result.series):
-            values = whole | about | _csv_figure(name, result.series[name])
-            limit = result.limits.get(name)
-            if limit is not None:
-                values |= {"flops": limit.flops, "bytes": limit.bytes}
-                values |= {"limit_ms": limit.limit_ms, "bound": limit.bound}
-                values["probe_ms"] = limit.probe_ms
-            rows.append(values)
-    return [{name: _cell(row.get(name)) for name in CSV_COLUMNS} for row in rows]
-
-
-def _csv_figure(name: str, series: Series) -> dict[str, Any]:
-    statistics = {key: value for key, value in series.to_json().items() if key != "values"}
-    return statistics | {
-        "metric": name,
-        "better": metric_of(name, series).better,
-        "min": min(series.values),
-        "max": max(series.values),
-    }
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else value

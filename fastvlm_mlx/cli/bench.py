@@ -81,7 +81,7 @@ def _write(measured: Measured, given: dict[str, Any]) -> None:
     if given["save"] is not None:
         files.write_json(given["save"], measured.to_json())
     if given["csv"] is not None:
-        from fastvlm_mlx.bench.report import csv_rows
+        from fastvlm_mlx.bench.spreadsheet import csv_rows
 
         rows = [row for report in measured.reports for row in csv_rows(report)]
         files.write_csv(given["csv"], rows)

@@ -20,8 +20,8 @@ import pytest
 from bench_reports import made_machine, made_report
 from PIL import Image
 
-from fastvlm_mlx.bench.report import CSV_COLUMNS
 from fastvlm_mlx.bench.results import STAGES, Report, Series
+from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS
 from fastvlm_mlx.bench.sweeps import PROMPT_WORDS
 from tests.cli.command import Ran, Run, spawn, wait
 

@@ -12,7 +12,7 @@ import pytest
 from bench_reports import made_case, made_report
 
 from fastvlm_mlx.bench import files
-from fastvlm_mlx.bench.report import CSV_COLUMNS, csv_rows
+from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS, csv_rows
 from fastvlm_mlx.errors import FastVLMError
 
 

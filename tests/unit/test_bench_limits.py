@@ -289,6 +289,12 @@ def test_a_specified_peak_is_preferred_and_the_probes_limit_is_kept_beside() -> 
     assert limit.source == "1e-06 TFLOP/s in float16 (measured), 0.0001 GB/s (Apple's figure)"
 
 
+def test_whose_both_peaks_are_is_said_once() -> None:
+    probe = Peaks(flops_s=1e12, bandwidth_bytes_s=1e10, dtype="float32", how="measured: so")
+    limit = limits({"one": Cost(1000, 0, 100)}, probe=probe)["one"]
+    assert limit.source == "1 TFLOP/s in float32, 10 GB/s (measured: so)"
+
+
 def test_without_a_known_peak_there_is_no_limit_but_still_the_counts() -> None:
     limit = limits({"one": Cost(7, 3, 2)})["one"]
     assert (limit.flops, limit.bytes, limit.limit_ms, limit.bound) == (7, 5, None, None)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 
 from bench_reports import STAGE_MS, VISION_LIMIT, made_case, made_machine, made_report
 
 from fastvlm_mlx.bench.figures import drift, shown, slow_tail
 from fastvlm_mlx.bench.ratios import comparison_table, ratio, verdict
-from fastvlm_mlx.bench.report import CSV_COLUMNS, WIDTH, csv_rows, overview, table
+from fastvlm_mlx.bench.report import WIDTH, overview, table
 from fastvlm_mlx.bench.results import METRICS, STAGES, Limit, Series
+from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS, csv_rows
 
 
 def lines_of(text: str, start: str) -> list[str]:
@@ -69,6 +71,19 @@ def test_the_limit_of_decoding_is_that_of_a_token() -> None:
     text = table(made_report(made_case(runs=1, limits={"decode_tps": limit})))
     (row,) = lines_of(text, "decode, a token")
     assert "20.0 ms" in row and row.endswith("50% of memory")
+
+
+def test_what_is_done_sooner_than_its_limit_has_no_share_and_is_explained_once() -> None:
+    """No program passes a machine's peak: a share above 100% says the peak is another one."""
+    slow, fast = (Limit(flops=1e9, bytes=1e9, limit_ms=ms, bound="memory") for ms in (30.0, 31.0))
+    limits = {"prefill_ms": slow, "vision_ms": fast, "decode_tps": fast}
+    text = table(made_report(made_case(runs=1, limits=limits), made_case(256, limits=limits)))
+    assert all(row.endswith("100% of memory") for row in lines_of(text, "prefill")[:1])
+    assert lines_of(text, "decode, a token")[0].endswith("31.0 ms  above the peak")
+    assert len(lines_of(text, "above the peak: done sooner")) == 1
+    assert not [share for share in re.findall(r"(\d+)% of", text) if int(share) > 100]
+    below = table(made_report(made_case(runs=1, limits={"prefill_ms": slow})))
+    assert "above the peak" not in below
 
 
 def test_a_limit_without_a_known_peak_shows_work_and_no_share() -> None:
