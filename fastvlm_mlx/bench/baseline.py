@@ -21,7 +21,8 @@ from fastvlm_mlx.errors import FastVLMError
 TOLERANCE = 0.1
 MEMORY_TOLERANCE = 0.05
 _ONCE = "once a process"
-_FILE_CACHE = ("load_ms", "cold_")  # figures that begin so depend on the file cache's state
+# Figures that begin so depend on the file cache's state.
+_FILE_CACHE = ("load_ms", "cold_", "api_cold_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,7 @@ def require_comparable(report: Report, baseline: Report) -> None:
         ("device", mine.device, other.device),
         ("number of parameters", ours.parameters, theirs.parameters),
         ("quantization", ours.quantization, theirs.quantization),
+        ("form of the weights in memory", ours.held, theirs.held),
         ("compute dtype", ours.dtype, theirs.dtype),
     ):
         if one != two:

@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from itertools import zip_longest
 from typing import Any
 
+from fastvlm_mlx.bench.file_cache import file_cache_state, read_through
 from fastvlm_mlx.bench.harness import Say, Tally
-from fastvlm_mlx.bench.inputs import input_files
+from fastvlm_mlx.bench.inputs import InputFiles, input_files
 from fastvlm_mlx.bench.peer import PICTURE_ID
-from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime
+from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime, Weights
 from fastvlm_mlx.bench.ratios import ratio
 from fastvlm_mlx.bench.results import (
     METRICS,
@@ -33,6 +34,7 @@ from fastvlm_mlx.bench.results import (
 )
 from fastvlm_mlx.bench.subject import Subject
 from fastvlm_mlx.bench.turns import Dropped, Plan, Turns, start_in_turn
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import FastVLMError
 
 
@@ -40,13 +42,15 @@ from fastvlm_mlx.errors import FastVLMError
 class Comparison:
     """Reports of the same work, ours first, and whether it was the same in all.
 
-    `agreement` has lines to print about each other runtime, by its report's name. `interleaved`:
-    the n-th measurements of all were neighbours, so ratios are taken round by round.
+    `agreement` has lines to print about each other runtime, by its report's name, `notes` lines
+    about all. `interleaved`: the n-th measurements of all were neighbours, so ratios are taken
+    round by round.
     """
 
     reports: tuple[Report, ...]
     agreement: dict[str, tuple[str, ...]]
     interleaved: bool
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return one JSON object: reports whole, ratios of ours to each other one, agreement."""
@@ -59,6 +63,7 @@ class Comparison:
                 for other in others
             },
             "agreement": {name: list(lines) for name, lines in self.agreement.items()},
+            "notes": list(self.notes),
         }
 
 
@@ -75,27 +80,20 @@ def compare(
     """Start every contender, ours first in the list, and measure every case in all of them in turn.
 
     Who fails ends the comparison, unless `dropped` is given, which then hears of it while the
-    others go on; ours is never dropped. Raises FastVLMError, one line, and leaves no process.
+    others go on; ours is never dropped, nor who alone was to be compared with it. The weights'
+    files are read once before, so that all load from memory where that is large enough. Raises
+    FastVLMError, one line, and leaves no process.
     """
     if not cases or plan.rounds < 1:
         raise FastVLMError("nothing is compared: give at least one case and one round")
-    with input_files(photo=plan.photo) as files, ExitStack() as running:
-        runtimes: list[PeerRuntime] = []
-        for contender in contenders:
-            say(f"loading {contender.name}")
-            try:
-                runtime = PeerRuntime(contender, subject.weights, files, patience_s=plan.patience_s)
-            except FastVLMError as error:
-                if dropped is None or not runtimes:
-                    raise
-                dropped(contender.name, error)
-                continue
-            running.callback(runtime.close)
-            runtimes.append(runtime)
-        turns = Turns.among(runtimes, cases, plan, say=say, dropped=dropped)
-        turns.take()
-        running.close()
-        measured = [runtime for runtime in runtimes if turns.beyond[runtime.name][0]]
+    say("reading the weights' files")
+    read_through(subject.files)
+    states = {file_cache_state(subject.files)}
+    with input_files(photo=plan.photo) as files:
+        with ExitStack() as running:
+            runtimes = _started(contenders, subject.weights, files, plan, running, say, dropped)
+            turns = Turns.among(runtimes, cases, plan, say=say, dropped=dropped)
+            turns.take()
         alive = [runtime.name for runtime in turns.runtimes]
         cold = start_in_turn(
             [contender for contender in contenders if contender.name in alive],
@@ -106,26 +104,54 @@ def compare(
             say=say,
             dropped=dropped,
         )
+        states.add(file_cache_state(subject.files))
         settings = Settings(
             runs=plan.rounds,
             warm_up_runs=plan.warm_up_runs,
             seed=subject.seed,
-            file_cache="warm",  # all but the first load what another one has just read
+            file_cache=states.pop() if len(states) == 1 else "unknown",
             inputs=files.digests(cases),
         )
-        reports = [
-            dataclasses.replace(
-                _card(runtime, runtimes[0], subject, settings, command),
-                cases=_results(turns, runtime),
-                once=_once(runtime) | _series(cold.get(runtime.name, {})),
-            )
-            for runtime in measured
-        ]
+    ours, *others = [runtime for runtime in runtimes if turns.beyond[runtime.name][0]]
+    reports = [
+        dataclasses.replace(
+            _card(runtime, ours, subject, settings, command),
+            cases=_results(turns, runtime, subject.config),
+            once=_once(runtime) | _series(cold.get(runtime.name, {})),
+        )
+        for runtime in (ours, *others)
+    ]
     agreement = {
-        report.runtime: agreed(runtimes[0], runtime, turns)
-        for report, runtime in zip(reports[1:], measured[1:], strict=True)
+        report.runtime: agreed(ours, runtime, turns)
+        for report, runtime in zip(reports[1:], others, strict=True)
     }
-    return Comparison(tuple(reports), agreement, interleaved=True)
+    return Comparison(tuple(reports), agreement, interleaved=True, notes=turns.notes())
+
+
+def _started(
+    contenders: Sequence[Contender],
+    weights: Weights,
+    files: InputFiles,
+    plan: Plan,
+    running: ExitStack,
+    say: Say,
+    dropped: Dropped | None,
+) -> list[PeerRuntime]:
+    """Start and load contenders, which `running` will end; `dropped` hears of those that fail."""
+    runtimes: list[PeerRuntime] = []
+    for place, contender in enumerate(contenders, 1):
+        say(f"loading {contender.name}")
+        try:
+            runtime = PeerRuntime(contender, weights, files, patience_s=plan.patience_s)
+        except FastVLMError as error:
+            alone = place == len(contenders) and len(runtimes) == 1
+            if dropped is None or not runtimes or alone:
+                raise
+            dropped(contender.name, error)
+            continue
+        running.callback(runtime.close)
+        runtimes.append(runtime)
+    return runtimes
 
 
 def agreed(ours: PeerRuntime, theirs: PeerRuntime, turns: Turns) -> tuple[str, ...]:
@@ -212,13 +238,15 @@ def ratios_json(ours: Report, theirs: Report, *, interleaved: bool) -> dict[str,
 def _card(
     runtime: PeerRuntime, ours: PeerRuntime, subject: Subject, settings: Settings, command: str
 ) -> Report:
-    """Return a report without figures; what a runtime cannot say is what ours says of the same."""
+    """Return a report without figures.
+
+    Of the machine and the weights ours speaks where a runtime does not, as they are the same;
+    nobody speaks for what a runtime computes with.
+    """
     mine, theirs = ours.about, runtime.about
     versions = theirs["versions"]
-    machine = MachineCard(**mine["machine"])
-    if not theirs["machine"]:
-        changed = {"python": versions["python"], "mlx": versions.get("mlx", "")}
-        machine = dataclasses.replace(machine, **changed)
+    own = {"python": versions["python"], "mlx": versions.get("mlx", ""), "backend": "", "blas": ""}
+    machine = MachineCard(**(mine["machine"] | own | theirs["machine"]))
     return Report(
         runtime=theirs["name"],
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -232,16 +260,17 @@ def _card(
             dtype=subject.weights.dtype,
             quantization=subject.quantization,
             fingerprint=theirs["fingerprint"] or mine["fingerprint"],
+            unpacked=theirs["unpacked"],
         ),
         settings=settings,
         cases=(),
     )
 
 
-def _results(turns: Turns, runtime: PeerRuntime) -> tuple[CaseResult, ...]:
+def _results(turns: Turns, runtime: PeerRuntime, config: ModelConfig) -> tuple[CaseResult, ...]:
     """Return a runtime's cases, those of them that were measured."""
     return tuple(
-        _result(tally, beyond)
+        _result(tally, beyond, config)
         for tally, beyond in zip(
             turns.tallies[runtime.name], turns.beyond[runtime.name], strict=True
         )
@@ -249,9 +278,10 @@ def _results(turns: Turns, runtime: PeerRuntime) -> tuple[CaseResult, ...]:
     )
 
 
-def _result(tally: Tally, beyond: dict[str, list[float]]) -> CaseResult:
+def _result(tally: Tally, beyond: dict[str, list[float]], config: ModelConfig) -> CaseResult:
     case = tally.case
-    result = tally.result(case.images * (case.resolution // 64) ** 2)
+    tokens = config.vision.tokens(case.resolution, case.resolution)
+    result = tally.result(case.images * tokens)
     return dataclasses.replace(result, series=result.series | _series(beyond))
 
 

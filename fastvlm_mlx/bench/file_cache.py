@@ -1,6 +1,7 @@
 """How much of a file the system holds in memory already: whether reading it will reach the disk.
 
-Knows `mincore`, which says so page by page without reading any. Changes nothing in the cache.
+Knows `mincore`, which says so page by page without reading any, how to have files read, and how
+Linux is asked to forget them. Knows weights by their files' names alone.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from typing import Literal
 
 import numpy as np
 
+from fastvlm_mlx.errors import FastVLMError
+
 WARM, COLD = 0.99, 0.01
 """From which share in memory a file's reading is called warm, and up to which cold."""
+_BLOCK = 1 << 24  # bytes read at once
 
 
 def resident_share(path: Path) -> float | None:
@@ -52,3 +56,33 @@ def file_cache_state(paths: Sequence[Path]) -> Literal["warm", "cold", "unknown"
     if min(known) >= WARM:
         return "warm"
     return "cold" if max(known) <= COLD else "unknown"
+
+
+def weight_files(*folders: Path) -> list[Path]:
+    """Return the files of some model folders that hold weights, sorted."""
+    found = [path for folder in folders for path in folder.glob("*")]
+    return sorted(path for path in found if path.suffix in (".safetensors", ".bin"))
+
+
+def read_through(paths: Sequence[Path]) -> None:
+    """Read files whole, so that who reads them next finds them in memory, if that is large enough.
+
+    Raises OSError for one that cannot be read.
+    """
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.read(_BLOCK):
+                pass
+
+
+def forget(paths: Sequence[Path]) -> None:
+    """Ask the system to drop files from its cache. Raises FastVLMError where it cannot be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        raise FastVLMError("only Linux can be asked to forget the weights' files")
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is not written yet stays
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

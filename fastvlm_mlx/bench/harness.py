@@ -19,11 +19,13 @@ from pathlib import Path
 
 from fastvlm_mlx.bench.inputs import FOLLOW_UP, InputFiles, input_files, prompt_text
 from fastvlm_mlx.bench.results import METRICS, PAPER_STAGES, STAGES, Case, CaseResult, Series
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.engine import Engine
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.events import Generation, Stats
 from fastvlm_mlx.generate.cache import FeatureCache
 from fastvlm_mlx.generate.session import collect
+from fastvlm_mlx.prompt.processor import Processor
 from fastvlm_mlx.prompt.template import DEFAULT_SYSTEM, Message, user_message
 
 FIRST_ANSWER_TOKENS = 16
@@ -63,16 +65,7 @@ class OurRuntime:
     def prepare(self, case: Case) -> None:
         """Make the case's files. Raises ConfigError for a resolution off the model's grid, and
         FastVLMError for a case beyond its context."""
-        asked = user_message(prompt_text(case.prompt), case.images)
-        prompt = self.engine.pipeline.processor.prompt(
-            [Message("system", (DEFAULT_SYSTEM,)), asked]
-        )
-        needed = image_tokens(self.engine, case) + len(prompt.text_ids) + case.max_tokens
-        limit = self.engine.config.decoder.max_positions
-        if needed > limit:
-            raise FastVLMError(
-                f"{case.name}: {needed} tokens do not fit this model's context of {limit}"
-            )
+        require_room(case, self.engine.config, self.engine.pipeline.processor)
         self.files.paths(case)
 
     def ttft(self, case: Case) -> Measured:
@@ -117,6 +110,24 @@ class OurRuntime:
         if not answer.stats.reused_tokens:
             raise RuntimeError("the second turn reused nothing of the first")
         return _measured(answer, cpu_s)
+
+
+def require_room(case: Case, config: ModelConfig, processor: Processor) -> None:
+    """Raise ConfigError for a resolution off the model's grid, FastVLMError for a case beyond its
+    context."""
+    pictures = case.images * config.vision.tokens(case.resolution, case.resolution)
+    prompt = processor.prompt(
+        [
+            Message("system", (DEFAULT_SYSTEM,)),
+            user_message(prompt_text(case.prompt), case.images),
+        ]
+    )
+    needed = pictures + len(prompt.text_ids) + case.max_tokens
+    limit = config.decoder.max_positions
+    if needed > limit:
+        raise FastVLMError(
+            f"{case.name}: {needed} tokens do not fit this model's context of {limit}"
+        )
 
 
 def _measured(answer: Generation, cpu_s: float) -> Measured:

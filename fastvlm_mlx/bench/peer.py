@@ -56,8 +56,8 @@ class Loaded:
 class About:
     """What a runtime says of itself and of the weights it holds, as `results.ModelCard` has it.
 
-    `parameters` is 0, `fingerprint` "" and `machine` {} where it cannot say; `machine` has the
-    fields of `results.MachineCard`.
+    `parameters` is 0 and `fingerprint` "" where it cannot say. `machine` has those fields of
+    `results.MachineCard` that it knows. `unpacked`: it holds packed weights as floats.
     """
 
     name: str
@@ -66,6 +66,7 @@ class About:
     parameters: int = 0
     fingerprint: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
+    unpacked: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,10 +74,12 @@ class Shown:
     """What a runtime makes of a workload: the prompt's ids, -200 for a picture, and its pixels.
 
     `pixels` has a digest of each picture's uint8 array [side, side, 3] as given to the tower.
+    `cannot` has the methods of `Peer` that it must not be asked with this workload, and why.
     """
 
     prompt_ids: list[int]
     pixels: list[str]
+    cannot: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -31,6 +31,9 @@ from fastvlm_mlx.bench.peer import (
 )
 from fastvlm_mlx.bench.worker import serve
 
+CHUNK = 2048
+"""Positions that `generate_step` prefills at once (its `prefill_step_size`)."""
+
 
 class MlxVlm:
     """A model and processor of mlx-vlm's own `load`."""
@@ -57,15 +60,19 @@ class MlxVlm:
         )
 
     def about(self) -> About:
-        """Return versions and the size of the weights."""
+        """Return versions, the size of the weights, and what its MLX computes with."""
         from mlx.utils import tree_flatten
+
+        from fastvlm_mlx.bench.machine import machine_card
 
         versions = installed("mlx-vlm", "mlx", "mlx-lm", "transformers", "torch")
         held = [array for _, array in tree_flatten(self.model.parameters())]
+        card = machine_card()
         return About(
             name=f"mlx-vlm {versions['mlx-vlm']}",
             versions=versions,
             weight_bytes=sum(array.nbytes for array in held),
+            machine={name: getattr(card, name) for name in ("device", "backend", "blas")},
         )
 
     def show(self, work: Work) -> Shown:
@@ -75,9 +82,16 @@ class MlxVlm:
         inputs = self._inputs(work)
         given = np.array(inputs["pixel_values"]).transpose(0, 2, 3, 1)
         whole = np.rint(given * 255).astype(np.uint8)
+        ids = inputs["input_ids"][0].tolist()
+        cannot = {}
+        if self._positions(work, len(ids)) > CHUNK:
+            cannot["profile"] = f"it prefills more than {CHUNK} positions in chunks"
+        if len(work.pictures) != 1:
+            cannot["second_turn"] = "its chat takes one picture"
         return Shown(
-            prompt_ids=inputs["input_ids"][0].tolist(),
+            prompt_ids=ids,
             pixels=[pixel_digest(pixels) for pixels in whole],
+            cannot=cannot,
         )
 
     def ttft(self, work: Work) -> Answered:
@@ -106,7 +120,7 @@ class MlxVlm:
         """Return its stages, each fenced, by its own functions in the order its generation has.
 
         Prefill is all of the prompt but its last position, the first token the pass over that:
-        as `generate_step` splits them (generate/ar.py).
+        as `generate_step` splits them (generate/ar.py) up to CHUNK positions.
         """
         mx, model = self.mx, self.model
         cache = import_module("mlx_vlm.models.cache").make_prompt_cache(model.language_model)
@@ -132,8 +146,6 @@ class MlxVlm:
         embeddings = model.prepare_inputs_for_multimodal(features, ids, mx.ones_like(ids))
         mx.eval(embeddings)
         clock.done("prompt_ms")
-        if embeddings.shape[1] > 2048:
-            raise RuntimeError("a prompt of more than 2048 positions is prefilled in chunks")
         model.language_model(ids, inputs_embeds=embeddings[:, :-1], cache=cache, logits_to_keep=1)
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
@@ -145,8 +157,6 @@ class MlxVlm:
 
     def second_turn(self, work: Work) -> Answered:
         """Ask twice by the class behind `python -m mlx_vlm.chat`, as its loop does."""
-        if len(work.pictures) != 1:
-            raise RuntimeError("its chat takes one picture")
         self._fit_to(work.resolution)
         theirs: Any = import_module("mlx_vlm.chat")
         theirs.load = lambda _: (self.model, self.processor)  # the one loaded, not another
@@ -212,7 +222,8 @@ class MlxVlm:
 
     def _positions(self, work: Work, ids: int) -> int:
         """Return embedding positions of a prompt of so many ids, a picture counted as one."""
-        return ids + len(work.pictures) * ((work.resolution // 64) ** 2 - 1)
+        side = work.resolution // self.model.config.vision_config.patch_size
+        return ids + len(work.pictures) * (side**2 - 1)
 
     def _fit_to(self, side: int) -> None:
         """Set the square its processor fits pictures to."""

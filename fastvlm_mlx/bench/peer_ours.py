@@ -68,6 +68,7 @@ class Ours:
             parameters=report.model.parameters,
             fingerprint=report.model.fingerprint,
             machine=dataclasses.asdict(report.machine),
+            unpacked=report.model.unpacked,
         )
 
     def show(self, work: Work) -> Shown:

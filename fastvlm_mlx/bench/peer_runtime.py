@@ -84,8 +84,10 @@ class PeerRuntime:
             self.shown[case] = self._ask("show", case)
 
     def ttft(self, case: Case) -> Measured:
-        """Answer unfenced."""
-        return _measured(self._ask("ttft", case))
+        """Answer unfenced. Raises FastVLMError if the answer is not as long as was asked."""
+        answered = self._ask("ttft", case)
+        _require_length(self.name, answered, case.max_tokens)
+        return _measured(answered)
 
     def profile(self, case: Case) -> dict[str, float]:
         """Answer fenced; return stages and the paper's sum of them."""
@@ -93,8 +95,15 @@ class PeerRuntime:
         return stages | {"paper_ttft_ms": sum(stages[name] for name in PAPER_STAGES)}
 
     def second_turn(self, case: Case) -> Measured:
-        """Answer the case, then FOLLOW_UP; return the latter."""
-        return _measured(self._ask("second_turn", case))
+        """Answer the case, then FOLLOW_UP; return the latter, of one token."""
+        answered = self._ask("second_turn", case)
+        _require_length(self.name, answered, 1)
+        return _measured(answered)
+
+    def cannot(self, case: Case) -> dict[str, str]:
+        """Return what it must not be asked with a case prepared, and why."""
+        reasons: dict[str, str] = self.shown[case]["cannot"]
+        return reasons
 
     def memory(self) -> dict[str, int]:
         """Return the bytes its process holds now, and the most during the latest answer."""
@@ -133,24 +142,27 @@ def start_cold(
 ) -> dict[str, float]:
     """Start a fresh process, load, answer once; return where the milliseconds went.
 
-    `cold_overhead_ms` is everything before the answer but the weights: interpreter, imports,
-    configuration, tokenizer. Weights are there once they are in the dtype that all compute in, even
-    if a runtime reads them in another one and has them cast. The file cache is as it was found.
+    By the runtimes' public functions, so the figures begin with "api_": `fastvlm bench --cold`
+    times a whole command. `api_cold_overhead_ms` is everything before the answer but the weights:
+    interpreter, imports, configuration, tokenizer. Weights are there once they are in the dtype
+    that all compute in, even if a runtime reads them in another one and has them cast. The file
+    cache is as it was found.
     """
     with PeerProcess(contender.name, contender.file, python=contender.python) as process:
         given = dataclasses.asdict(work(case, files))
         loaded = _load(process, contender, weights, patience_s)
         answered = process.ask("ttft", patience_s=patience_s, work=given)
+    _require_length(contender.name, answered, case.max_tokens)
     weights_ms = loaded["weights_ms"] + loaded["cast_ms"]
     start_ms = (loaded["started_s"] - process.spawned_s) * 1000
     overhead_ms = start_ms + loaded["import_ms"] + loaded["load_ms"] - loaded["weights_ms"]
     return {
-        "cold_ttft_ms": overhead_ms + weights_ms + answered["ttft_ms"],
-        "cold_overhead_ms": overhead_ms,
-        "cold_start_ms": start_ms,
-        "cold_import_ms": loaded["import_ms"],
-        "cold_weights_ms": weights_ms,
-        "cold_first_answer_ms": answered["ttft_ms"],
+        "api_cold_ttft_ms": overhead_ms + weights_ms + answered["ttft_ms"],
+        "api_cold_overhead_ms": overhead_ms,
+        "api_cold_start_ms": start_ms,
+        "api_cold_import_ms": loaded["import_ms"],
+        "api_cold_weights_ms": weights_ms,
+        "api_cold_first_answer_ms": answered["ttft_ms"],
     }
 
 
@@ -169,6 +181,13 @@ def _load(
         if "ModuleNotFoundError" not in str(error):
             raise
         raise FastVLMError(f"{error}: install it for {contender.python or 'this Python'}") from None
+
+
+def _require_length(name: str, answered: dict[str, Any], tokens: int) -> None:
+    """Refuse an answer that took less, or more, work than the others'."""
+    given = len(answered["token_ids"])
+    if given != tokens:
+        raise FastVLMError(f"{name} answered {given} tokens where {tokens} were asked for")
 
 
 def _measured(answered: dict[str, Any]) -> Measured:

@@ -125,6 +125,7 @@ def differences(ours: Report, theirs: Report) -> Iterator[str]:
         ("power", mine.power, other.power),
         ("compute dtype", ours.model.dtype, theirs.model.dtype),
         ("quantization", ours.model.quantization, theirs.model.quantization),
+        ("weights in memory", ours.model.held, theirs.model.held),
         ("parameters", ours.model.parameters, theirs.model.parameters),
         ("file cache", ours.settings.file_cache, theirs.settings.file_cache),
     ):

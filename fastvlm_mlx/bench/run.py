@@ -59,6 +59,7 @@ def describe(
             dtype=dtype_name(engine),
             quantization=quantization,
             fingerprint=engine.pipeline.fingerprint,
+            unpacked=engine.config.quant is not None and not _holds_packed(engine),
         ),
         settings=Settings(
             runs=runs, warm_up_runs=warm_up_runs, seed=seed, file_cache=file_cache, inputs=inputs
@@ -128,12 +129,19 @@ def with_limits(
 
 def storage_of(engine: Engine) -> Storage:
     """Return how an engine's weights lie in memory now: on a CPU mostly unpacked."""
-    quant = engine.config.quant
-    packed = any(name.endswith(".scales") for name in source_weights(engine.pipeline.model))
-    dtype = cast(DType, dtype_name(engine))
+    return storage_as(engine.config, dtype_name(engine), packed=_holds_packed(engine))
+
+
+def storage_as(config: ModelConfig, dtype: str, *, packed: bool) -> Storage:
+    """Return how a model's weights lie in memory, packed as its files have them or as floats."""
+    kind, quant = cast(DType, dtype), config.quant
     if quant is None or not packed:
-        return Storage(dtype=dtype)
-    return Storage(dtype=dtype, bits=quant.bits, group_size=quant.group_size)
+        return Storage(dtype=kind)
+    return Storage(dtype=kind, bits=quant.bits, group_size=quant.group_size)
+
+
+def _holds_packed(engine: Engine) -> bool:
+    return any(name.endswith(".scales") for name in source_weights(engine.pipeline.model))
 
 
 def held_weights(engine: Engine) -> WeightBytes:

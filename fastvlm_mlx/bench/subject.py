@@ -15,6 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.bench.file_cache import weight_files
 from fastvlm_mlx.bench.harness import Say
 from fastvlm_mlx.bench.peer_runtime import Weights
 from fastvlm_mlx.bench.synthetic import synthetic_name, write_folder
@@ -25,7 +26,10 @@ from fastvlm_mlx.config import ModelConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """What is compared on: the weights, and what a report calls them (`results.ModelCard`)."""
+    """What is compared on: the weights, and what a report calls them (`results.ModelCard`).
+
+    `tower` is the folder that holds the vision tower, if the weights' own holds none.
+    """
 
     weights: Weights
     config: ModelConfig
@@ -33,6 +37,12 @@ class Subject:
     synthetic: bool
     quantization: str
     seed: int = 0
+    tower: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return weight_files(self.weights.folder, *([self.tower] if self.tower else []))
 
 
 def stored_subject(
@@ -40,6 +50,7 @@ def stored_subject(
     *,
     dtype: str | None = None,
     device: str | None = None,
+    vision_from: str | None = None,
     say: Say | None = None,
     progress: Progress | None = None,
 ) -> Subject:
@@ -48,7 +59,10 @@ def stored_subject(
     `device` and `dtype` default to what `load` would choose.
     """
     folder = model_folder(model, say=say, progress=progress)
-    config = open_checkpoint(folder).config
+    tower = None
+    if vision_from is not None:
+        tower = model_folder(vision_from, say=say, progress=progress)
+    config = open_checkpoint(folder, vision_from=tower).config
     quant = config.quant
     packing = "16" if quant is None else f"{quant.bits} bits {quant.mode}"
     return Subject(
@@ -57,6 +71,7 @@ def stored_subject(
         name=model,
         synthetic=False,
         quantization=packing,
+        tower=tower,
     )
 
 

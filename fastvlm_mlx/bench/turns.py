@@ -49,8 +49,9 @@ class Turns:
     `tallies` has the figures of METRICS, `beyond` others: the whole answer's processor time, and
     where the system tells it the most memory the process held during an answer.
 
-    Who fails is told to `dropped` and keeps the rounds it had; ours is never dropped, and without
-    `dropped` nobody is: FastVLMError.
+    Who fails is told to `dropped` and keeps the rounds it had. FastVLMError is raised without
+    `dropped`, if it is ours that fails, and if nothing is left to compare ours with. `left_out` has
+    by case what nobody is asked since somebody cannot do it, and why.
     """
 
     runtimes: list[PeerRuntime]
@@ -60,6 +61,7 @@ class Turns:
     dropped: Dropped | None
     tallies: dict[str, list[Tally]]
     beyond: dict[str, list[dict[str, list[float]]]]
+    left_out: dict[Case, dict[str, str]]
 
     @classmethod
     def among(
@@ -81,15 +83,18 @@ class Turns:
             dropped,
             {name: [Tally(case) for case in cases] for name in names},
             {name: [{} for _ in cases] for name in names},
+            {case: {} for case in cases},
         )
 
     def take(self) -> None:
         """Prepare and warm up every runtime, then measure round by round."""
         plan = self.plan
         for runtime in list(self.runtimes):
-            with self._left_out_if_it_fails(runtime):
+            with self._dropped_if_it_fails(runtime):
                 for case in self.cases:
                     runtime.prepare(case)
+                    for request, why in runtime.cannot(case).items():
+                        self.left_out[case].setdefault(request, f"{runtime.name}: {why}")
                 for case in self.cases if plan.warm_up is None else [plan.warm_up]:
                     for _ in range(plan.warm_up_runs):
                         self.say(f"warm-up: {runtime.name}, {case.name}")
@@ -98,13 +103,30 @@ class Turns:
             for place, case in enumerate(self.cases):
                 for runtime in rotated(self.runtimes, number):
                     self.say(f"round {number + 1} of {plan.rounds}: {runtime.name}, {case.name}")
-                    with self._left_out_if_it_fails(runtime):
+                    with self._dropped_if_it_fails(runtime):
                         self._measure(runtime, place, number)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a line for each figure that the plan has and a case has not, with the reason."""
+        planned = {
+            "stages": ("profile", self._profiled),
+            "second turn": ("second_turn", self.plan.second_turns),
+        }
+        return tuple(
+            f"{case.name}: no {figure}, as not all can be asked ({self.left_out[case][request]})"
+            for case in self.cases
+            for figure, (request, rounds) in planned.items()
+            if rounds and request in self.left_out[case]
+        )
+
+    @property
+    def _profiled(self) -> int:
+        plan = self.plan
+        return plan.rounds if plan.profiled_rounds is None else plan.profiled_rounds
 
     def _measure(self, runtime: PeerRuntime, place: int, number: int) -> None:
         """Run one case once, add what it took: all of it, or nothing if something fails."""
-        case, plan = self.cases[place], self.plan
-        profiled = plan.rounds if plan.profiled_rounds is None else plan.profiled_rounds
+        case, left_out = self.cases[place], self.left_out[self.cases[place]]
         measured, held = runtime.ttft(case), runtime.memory()
         figures: dict[str, float | None] = {
             "ttft_ms": measured.ttft_ms,
@@ -112,9 +134,9 @@ class Turns:
             "peak_bytes": measured.peak_bytes,
             "resident_bytes": held.get("resident_bytes"),
         }
-        if number < profiled:
+        if number < self._profiled and "profile" not in left_out:
             figures |= runtime.profile(case)
-        if number < plan.second_turns:
+        if number < self.plan.second_turns and "second_turn" not in left_out:
             figures["second_turn_ttft_ms"] = runtime.second_turn(case).ttft_ms
         tally = self.tallies[runtime.name][place]
         tally.token_ids, tally.prompt_tokens = measured.token_ids, measured.prompt_tokens
@@ -125,7 +147,7 @@ class Turns:
             beyond.setdefault("peak_resident_bytes", []).append(held["peak_resident_bytes"])
 
     @contextmanager
-    def _left_out_if_it_fails(self, runtime: PeerRuntime) -> Iterator[None]:
+    def _dropped_if_it_fails(self, runtime: PeerRuntime) -> Iterator[None]:
         try:
             yield
         except FastVLMError as error:
@@ -133,6 +155,9 @@ class Turns:
                 raise
             self.runtimes.remove(runtime)
             runtime.close()
+            _, *others = self.beyond
+            if len(self.runtimes) == 1 and not any(self.beyond[name][0] for name in others):
+                raise
             self.dropped(runtime.name, error)
 
 

@@ -5,7 +5,6 @@ Written out as a file of its own for each test, and run in a real process by the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,12 @@ class Scripted:
 
     def about(self):
         return About(name=SCRIPT["name"] + " 1", versions={{"python": "3"}}, weight_bytes=7,
-                     machine=SCRIPT["machine"])
+                     machine=SCRIPT["machine"], unpacked=SCRIPT["unpacked"])
 
     def show(self, work):
         self.note("show")
-        return Shown(prompt_ids=SCRIPT["prompt"], pixels=SCRIPT["pixels"])
+        return Shown(prompt_ids=SCRIPT["prompt"], pixels=SCRIPT["pixels"],
+                     cannot=SCRIPT["cannot"])
 
     def ttft(self, work):
         self.note("ttft")
@@ -59,7 +59,7 @@ class Scripted:
 
     def second_turn(self, work):
         self.note("second_turn")
-        return Answered(ttft_ms=3.0, token_ids=[1], prompt_tokens=9, cpu_s=0.5)
+        return Answered(ttft_ms=3.0, token_ids=SCRIPT["again"], prompt_tokens=9, cpu_s=0.5)
 
     def memory(self):
         return {{}}
@@ -79,11 +79,14 @@ def scripted(folder: Path, name: str, **changed: Any) -> Contender:
         "machine": MACHINE,
         "prompt": [1, -200, 2],
         "pixels": ["a"],
+        "cannot": {},
+        "unpacked": False,
         "ids": [5, 6, 7],
+        "again": [1],
         "ttft": [10.0],
     } | changed
     file = folder / f"{name}.py"
-    file.write_text(_SOURCE.format(script=json.dumps(script).replace("null", "None")))
+    file.write_text(_SOURCE.format(script=repr(script)))
     return Contender(name, file)
 
 

@@ -97,24 +97,24 @@ def test_a_cold_start_is_a_process_of_its_own_and_its_overhead_no_reading_and_no
         once = {figure: series.values for figure, series in report.once.items()}
         assert once["load_ms"] == (6.0,)  # 5 and the cast
         for run_number in range(2):
-            start_ms = once["cold_start_ms"][run_number]
+            start_ms = once["api_cold_start_ms"][run_number]
             assert start_ms > 0
             # Imports 2, loading 5, of which weights are 4, a cast 1; an answer of 10.
-            assert once["cold_overhead_ms"][run_number] == pytest.approx(start_ms + 3)
-            assert once["cold_weights_ms"][run_number] == 5
-            assert once["cold_ttft_ms"][run_number] == pytest.approx(start_ms + 2 + 5 + 1 + 10)
+            assert once["api_cold_overhead_ms"][run_number] == pytest.approx(start_ms + 3)
+            assert once["api_cold_weights_ms"][run_number] == 5
+            assert once["api_cold_ttft_ms"][run_number] == pytest.approx(start_ms + 2 + 5 + 1 + 10)
     assert no_process_left(tmp_path)
 
 
 def test_what_was_not_the_same_is_said(tmp_path: Path) -> None:
     ours = scripted(tmp_path, "ours", pixels=["a", "b"])
-    theirs = scripted(tmp_path, "theirs", pixels=["a", "c"], prompt=[1, 3, 2], ids=[5, 6])
+    theirs = scripted(tmp_path, "theirs", pixels=["a", "c"], prompt=[1, 3, 2], ids=[5, 6, 8])
     found = run([ours, theirs], rounds=1)
     assert found.agreement == {
         "theirs 1": (
             f"{CASE.name}: prompt parts at id 2 of 3: a picture in ours, 3 in theirs",
             f"{CASE.name}: other pixels in picture 2",
-            f"{CASE.name}: answer parts at id 3 of 3: 7 in ours, none in theirs",
+            f"{CASE.name}: answer parts at id 3 of 3: 7 in ours, 8 in theirs",
         )
     }
 
@@ -189,15 +189,15 @@ def test_without_mlx_vlm_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyP
     assert mlx_vlm(Path("python")).python == Path("python")
 
 
-def test_the_table_of_peers_judges_each_target_by_the_first_of_them(tmp_path: Path) -> None:
+def test_the_table_of_peers_judges_each_target_by_mlx_vlm(tmp_path: Path) -> None:
     ours = scripted(tmp_path, "ours", ttft=[75.0])
-    found = run([ours, scripted(tmp_path, "theirs", ttft=[100.0])], rounds=1, second_turns=1)
+    found = run([ours, scripted(tmp_path, "mlx-vlm", ttft=[100.0])], rounds=1, second_turns=1)
     rows = {line.split(" | ")[0]: line for line in markdown(found, {"x": "gone"}).splitlines()}
     assert rows["| TTFT"] == "| TTFT | 75.0 ms | 100 ms | 0.75 | ≤ 0.75 | met |"
     assert rows["| second turn TTFT"].endswith("| 1.00 | ≤ 0.1 | missed |")
     assert rows["| decode"].endswith("| 1.00 | ≥ 1 | met |")
     assert rows["| vision"].endswith("| 1.00 |  |  |")
-    assert "- theirs 1: same prompt, 3 ids; same pixels; same answer, 3 ids" in rows
+    assert "- mlx-vlm 1: same prompt, 3 ids; same pixels; same answer, 3 ids" in rows
     assert "- x failed: gone" in rows
 
 
