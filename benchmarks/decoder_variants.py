@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.model.cpu_decoder import RowEmbedding, RowLinear
 from fastvlm_mlx.model.decoder import Decoder, KVLayer
 from fastvlm_mlx.model.fused_qwen2 import FusedAttention, FusedBlock, _added
 from fastvlm_mlx.model.mlx_lm_parts import KVCache, QuantizedKVCache, attend
 
 Run = Callable[[], mx.array]
+_PLAIN: dict[type, type] = {RowLinear: nn.Linear, RowEmbedding: nn.Embedding}
 
 
 def as_mlx_lm(decoder: Decoder, config: ModelConfig) -> Decoder:
@@ -60,6 +63,29 @@ class TurnedApart(FusedAttention):
             keys, values = cache.update_and_fetch(keys, values)
         seen = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return _added(residual, seen.transpose(0, 2, 1, 3).reshape(batch, length, -1), self.o_proj)
+
+
+def as_a_gpu_runs_it(decoder: Decoder) -> Decoder:
+    """Return the decoder as `load_model(..., cpu_forms=False)` makes it, its weights shared."""
+
+    def twin(part: Any) -> Any:
+        if isinstance(part, list):
+            return [twin(one) for one in part]
+        if not isinstance(part, nn.Module):
+            return part
+        same = copy.copy(part)
+        for name, child in part.items():
+            same[name] = twin(child)
+        same.__class__ = _PLAIN.get(type(part), type(part))
+        return same
+
+    plain: Decoder = twin(decoder)
+    return plain
+
+
+def has_cpu_forms(decoder: Decoder) -> bool:
+    """Whether one position's products are a CPU's (`model/cpu_decoder.py`)."""
+    return any(type(module) in _PLAIN for module in decoder.modules())
 
 
 def turned_apart(decoder: Decoder) -> Decoder:

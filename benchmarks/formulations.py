@@ -7,7 +7,9 @@ Each comparison is the engine's form against another one, on the same weights (r
 turns, each twice a round, in alternating order, and what counts is the ratio of a round's times.
 How far ours is from itself is the noise. A form is called faster only if it was so in every round
 and by more than the noise. On a GPU wall time is taken, on a CPU the processor's, which a
-neighbour disturbs less. The last line is JSON.
+neighbour disturbs less. Where the engine has forms of its own for a CPU, the comparisons are
+between those of a GPU all the same, and "as a GPU runs it" and low memory are against the CPU's.
+The last line is JSON.
 
 The answer says which switch to set (`paired_heads=True`), or that it takes a change of the code:
 send the JSON to the project then.
@@ -33,14 +35,13 @@ import mlx.core as mx
 from benchmarks import decoder_variants, tower_variants
 from benchmarks.tower_variants import Step
 from benchmarks.two_forms import LEAST_ROUNDS, Comparison, Result, compare
-from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.backend import DTYPES, compute_dtype, select_device
 from fastvlm_mlx.bench import inputs
 from fastvlm_mlx.bench.synthetic import synthetic_checkpoint
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.vision import AttentionBlock
 
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # The largest relative RMS difference of two forms that are the same but for rounding.
 TOLERANCE = {mx.float32: 1e-5, mx.float16: 5e-2, mx.bfloat16: 5e-2}
 PROMPT_POSITIONS = 286  # a picture of 1024 pixels and a short question
@@ -104,14 +105,18 @@ def tower_comparisons(model: FastVLM, size: int) -> Iterator[Comparison]:
     )
     if model.dtype != mx.float32:
         name = "bfloat16" if model.dtype == mx.float16 else "float16"
-        other = tower_variants.in_dtype(tower, DTYPES[name])
+        other = tower_variants.in_dtype(tower, getattr(mx, name))
         advice = f'load(…, dtype="{name}"), if answers stay as good'
         yield of_tower(f"tower: {name}", tower_variants.reform(other, {}), advice, 2 * tolerance)
 
 
 def decoder_comparisons(model: FastVLM, bits: int) -> Iterator[Comparison]:
-    """Yield those of the decoder: reading a prompt of usual length, and tokens after it."""
-    ours, tolerance = model.decoder, TOLERANCE[model.dtype]
+    """Yield those of the decoder: reading a prompt of usual length, and tokens after it.
+
+    Ours is in the form that a GPU runs, on a CPU too: so the others are, which share its modules.
+    """
+    tolerance = TOLERANCE[model.dtype]
+    ours = decoder_variants.as_a_gpu_runs_it(model.decoder)
     forms: dict[str, Callable[[], Any]] = {
         "as mlx-lm has it": lambda: decoder_variants.as_mlx_lm(ours, model.config),
         "RoPE of q and k apart": lambda: decoder_variants.turned_apart(ours),
@@ -125,6 +130,13 @@ def decoder_comparisons(model: FastVLM, bits: int) -> Iterator[Comparison]:
         for stage, runs in (("prefill", prefill), ("decode", decode)):
             what = f"{stage}, {bits} bits: {name}"
             yield Comparison(what, *runs, f"{CHANGE}fused_qwen2.py", tolerance)
+    if decoder_variants.has_cpu_forms(model.decoder):  # a CPU in float32, not packed
+        runs = [
+            decoder_variants.decoding(d, context=PROMPT_POSITIONS, steps=DECODE_STEPS)
+            for d in (model.decoder, ours)
+        ]
+        what = f"decode, {bits} bits: as a GPU runs it"
+        yield Comparison(what, *runs, f"{CHANGE}fastvlm.py, use_cpu_forms", tolerance)
 
 
 def comparisons(model: str, *, size: int, dtype: mx.Dtype, bits: list[int]) -> Iterator[Comparison]:
@@ -169,12 +181,12 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     device = select_device()
     on_cpu = device.type == mx.DeviceType.cpu
-    dtype = given.dtype or ("float32" if on_cpu else "bfloat16")
+    dtype = compute_dtype(given.dtype, device)
     bits = given.bits or ([16] if on_cpu else [16, 4])
     clock = time.process_time if on_cpu else time.perf_counter
     print("ratio of times, another form / ours: below 1 the other is faster")
     results = []
-    for one in comparisons(given.model, size=given.size, dtype=DTYPES[dtype], bits=bits):
+    for one in comparisons(given.model, size=given.size, dtype=dtype, bits=bits):
         if given.only in one.name:
             results.append(compare(one, rounds=given.rounds, clock=clock))
             print(row(results[-1]), flush=True)
@@ -185,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         print("nothing to change: no other form is faster here")
     report = {
         "size": given.size,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("mlx.core."),
         "model": given.model,
         "rounds": given.rounds,
         "clock": "processor" if on_cpu else "wall",

@@ -3,10 +3,12 @@
     python -m benchmarks.growth                            0.5B, 256 to 1024 px: about 5 minutes
     python -m benchmarks.growth --size demo                a quick look
     python -m benchmarks.growth --save benchmarks/results  growth.json, growth.csv and growth.png
+    python -m benchmarks.growth --gpu-forms                the forms a GPU runs, on a CPU too
 
-Synthetic weights of real size; run on a quiet machine. Each size is measured in turn, round after
-round, and its fastest round counts, since other work only ever adds. It is fitted by the terms of
-the cost's formula: vision and prefill constant, linear and square (attention), decode constant
+Synthetic weights of real size, in the forms that the engine chooses: on an x86-64 CPU in float32
+its own ones, which the result names; run on a quiet machine. Each size is measured in turn, round
+after round, and its fastest round counts, since other work only ever adds. It is fitted by the
+terms of the cost's formula: vision and prefill constant, linear and square (attention), decode constant
 (weights) and linear (KV cache). Beside each point are the operations and bytes of the formula
 (`fastvlm_mlx/bench/costs.py`, which the tests hold equal to the traced graph). "worse" is the time
 an operation takes at the largest size over the least it took at any: far above 1, time grew faster
@@ -39,9 +41,12 @@ from benchmarks.growth_points import (
     measure_vision,
 )
 from fastvlm_mlx.bench.costs import Storage
+from fastvlm_mlx.bench.files import require_folder, write_json, write_whole
 from fastvlm_mlx.bench.machine import machine_card
+from fastvlm_mlx.bench.plots import require_matplotlib
 from fastvlm_mlx.bench.synthetic import SIZES, synthetic_engine
 from fastvlm_mlx.config import DecoderConfig
+from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 SIDES = (256, 384, 512, 640, 768, 1024)
@@ -156,11 +161,28 @@ def measure(model: FastVLM, options: argparse.Namespace) -> dict[str, list[Point
     return {kind: merge(found) for kind, found in rounds.items()}
 
 
+def forms_of(model: FastVLM) -> str:
+    """Which way through the same weights was timed."""
+    return "a GPU's forms" if model.vision.form is None else "a CPU's own forms"
+
+
+def save(folder: Path, result: dict[str, Any], kinds: dict[str, list[Point]]) -> None:
+    """Write each file whole or not at all; exits with one line where that fails."""
+    from benchmarks import growth_plot
+
+    try:
+        write_json(folder / "growth.json", result)
+        write_whole(folder / "growth.csv", rows(kinds).encode())
+        write_whole(folder / "growth.png", growth_plot.draw(result))
+    except FastVLMError as error:
+        raise SystemExit(str(error)) from error
+
+
 def numbers(text: str) -> list[int]:
     return sorted(int(part) for part in text.split(","))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
     parser.add_argument("--size", choices=SIZES, default="0.5b")
@@ -171,35 +193,44 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
     parser.add_argument("--contexts", type=numbers, default=list(CONTEXTS))
     parser.add_argument("--low-memory", action="store_true", help="the tower, step by step")
+    parser.add_argument("--gpu-forms", action="store_true", help="also where a CPU has its own")
     parser.add_argument("--save", type=Path, metavar="FOLDER")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     sizes = {"vision": options.sides, "prefill": options.tokens, "decode": options.contexts}
     for kind, given in sizes.items():
         if len(given) < len(TERMS[kind]):
             parser.error(f"{kind} needs {len(TERMS[kind])} sizes or more, to fit its terms")
-    engine = synthetic_engine(options.size, device=options.device, dtype=options.dtype)
+    if options.save:
+        try:
+            require_matplotlib()
+            require_folder(options.save)
+        except FastVLMError as error:
+            parser.error(str(error))
+    engine = synthetic_engine(
+        options.size,
+        device=options.device,
+        dtype=options.dtype,
+        low_memory=options.low_memory,
+        cpu_forms=not options.gpu_forms,
+    )
     model = engine.pipeline.model
-    model.vision.low_memory = options.low_memory
     since = time.perf_counter()
     kinds = measure(model, options)
     result: dict[str, Any] = {
         "model": engine.pipeline.name,
         "dtype": storage_of(model).dtype,
         "low_memory": options.low_memory,
+        "forms": forms_of(model),
         "rounds": options.rounds,
         "seconds": round(time.perf_counter() - since, 1),
         "machine": asdict(machine_card()),
         **{kind: summary(points) for kind, points in kinds.items()},
     }
+    print(f"in {result['forms']}")
     print("\n".join(lines(kinds)))
+    print(json.dumps(result), flush=True)
     if options.save:
-        from benchmarks import growth_plot
-
-        options.save.mkdir(parents=True, exist_ok=True)
-        (options.save / "growth.json").write_text(json.dumps(result, indent=1) + "\n")
-        (options.save / "growth.csv").write_text(rows(kinds))
-        (options.save / "growth.png").write_bytes(growth_plot.draw(result))
-    print(json.dumps(result))
+        save(options.save, result, kinds)
 
 
 if __name__ == "__main__":

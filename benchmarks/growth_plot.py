@@ -29,7 +29,8 @@ def draw(result: dict[str, Any]) -> bytes:
             _times(axes, kind, result[kind])
         _memory(panels[3], result)
         machine = result["machine"]
-        figure.suptitle(f"{result['model']}, {result['dtype']}, {machine['chip']}")
+        about = (result["model"], result["dtype"], result["forms"], machine["chip"])
+        figure.suptitle(", ".join(about))
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=DPI, metadata={"Software": None})
     return out.getvalue()

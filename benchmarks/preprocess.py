@@ -32,7 +32,9 @@ from mlx_vlm.models.fastvlm.processing import FastVLMImageProcessor
 from mlx_vlm.utils import load_image
 from PIL import Image
 
+from fastvlm_mlx.bench.files import require_place, write_json
 from fastvlm_mlx.bench.inputs import PHOTO_SIZE, encode, pixels
+from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.prompt.image import fit, open_image
 
 SIDE = 1024
@@ -126,6 +128,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to write the results")
     options = parser.parse_args()
+    if options.json:
+        try:
+            require_place(options.json, ".json")
+        except FastVLMError as error:
+            parser.error(str(error))
     found = {}
     with tempfile.TemporaryDirectory(prefix="fastvlm-preprocess-") as temporary:
         picture = pixels(*PHOTO_SIZE)
@@ -142,9 +149,12 @@ def main() -> None:
         "photos": found,
     }
     print(table(found))
+    print(json.dumps(results), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results))
+        try:
+            write_json(options.json, results)
+        except FastVLMError as error:
+            raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fastvlm_mlx  # noqa: F401  (OpenBLAS before mlx.core, which would not look for it later)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
@@ -37,7 +40,10 @@ def write_folder(folder: Path) -> Path:
 
 
 def ours(folder: Path, dtype: mx.Dtype) -> Tower:
-    """Return our tower, folded and cast by our loader: pixels to features [tokens, channels]."""
+    """Return our tower as the engine runs it: pixels to features [tokens, channels].
+
+    On an x86-64 CPU in float32 that is the CPU's own form, elsewhere the one that a GPU runs.
+    """
     tower = load_model(open_checkpoint(folder), dtype, dequantize=False).vision
     return lambda pixels: tower(pixels)[0]
 

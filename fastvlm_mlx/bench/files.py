@@ -114,7 +114,7 @@ def _unwritable(path: Place, error: OSError) -> FastVLMError:
 def write_json(path: Place, values: Any) -> None:
     """Write one JSON object, indented. Raises FastVLMError; an old file then stays as it was."""
     text = json.dumps(values, indent=1, allow_nan=False)
-    _write(path, f"{text}\n".encode())
+    write_whole(path, f"{text}\n".encode())
 
 
 def write_csv(path: Place, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -123,18 +123,19 @@ def write_csv(path: Place, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue().encode(errors="replace"))
+    write_whole(path, text.getvalue().encode(errors="replace"))
 
 
 def write_pictures(folder: Place, pictures: Mapping[str, bytes]) -> list[Path]:
     """Write PNGs by file name and return where they are. Raises FastVLMError as `write_json`."""
     places = [expanded(folder) / name for name in pictures]
     for place, raw in zip(places, pictures.values(), strict=True):
-        _write(place, raw)
+        write_whole(place, raw)
     return places
 
 
-def _write(path: Place, raw: bytes) -> None:
+def write_whole(path: Place, raw: bytes) -> None:
+    """Write a file of any kind. Raises FastVLMError as `write_json`."""
     try:
         with replacing(expanded(path), permissions=_READABLE_BY_ALL) as file:
             file.write(raw)

@@ -62,13 +62,14 @@ def synthetic_engine(
     memory_limit: int | None = None,
     paired_heads: bool = False,
     low_memory: bool = False,
+    cpu_forms: bool = True,
 ) -> Engine:
     """Return an engine of a preset's size with random weights, nothing read from a disk.
 
-    Device, dtype and how the tower runs are `load`'s, and a CPU unpacks packed weights unless told
-    not to, here without asking whether both would fit. No token ends an answer, and no picture is
-    remembered: each answer has `max_tokens` tokens, each picture goes through the tower. Raises
-    FastVLMError for another size, MemoryLimitError if it is too big.
+    Device, dtype and how the tower runs are `load`'s, `cpu_forms` is `load_model`'s, and a CPU
+    unpacks packed weights unless told not to, here without asking whether both would fit. No token
+    ends an answer, and no picture is remembered: each answer has `max_tokens` tokens, each picture
+    goes through the tower. Raises FastVLMError for another size, MemoryLimitError if it is too big.
     """
     selected = select_device(device)
     on_cpu = selected.type == mx.DeviceType.cpu
@@ -85,6 +86,7 @@ def synthetic_engine(
         dequantize=dequantize,
         paired_heads=paired_heads,
         low_memory=low_memory,
+        cpu_forms=cpu_forms,
     )
     processor = Processor.from_folder(
         _DEMO,

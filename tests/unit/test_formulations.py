@@ -11,6 +11,7 @@ from collections import Counter
 import mlx.core as mx
 import pytest
 import small_tower
+from mlx.utils import tree_flatten
 
 from benchmarks import decoder_variants, formulations, tower_variants
 from benchmarks.graph_trace import (
@@ -24,6 +25,7 @@ from benchmarks.graph_trace import (
     work,
 )
 from benchmarks.two_forms import LEAST_ROUNDS, Comparison, compare, relative, verdict
+from fastvlm_mlx.backend import has_scalar_cpu
 from fastvlm_mlx.bench.synthetic import synthetic_checkpoint
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import VisionConfig
@@ -85,6 +87,20 @@ def test_forms_of_the_decoder_give_the_same_logits(demo: FastVLM) -> None:
         assert mx.array_equal(both[1](), both[1]())  # a run leaves the cache as it was
         both = [decoder_variants.prefilling(d, positions=20) for d in (ours, other)]
         assert relative(both[1](), both[0]()) <= 1e-5
+
+
+def test_a_gpus_decoder_is_compared_with_other_forms_of_a_gpu(demo: FastVLM) -> None:
+    """On a CPU in float32 the engine multiplies one position in pieces: no form of a GPU's."""
+    plain = decoder_variants.as_a_gpu_runs_it(demo.decoder)
+    if demo.config.quant is None and has_scalar_cpu():
+        assert decoder_variants.has_cpu_forms(demo.decoder)
+    assert not decoder_variants.has_cpu_forms(plain)
+    assert not decoder_variants.has_cpu_forms(decoder_variants.turned_apart(plain))
+    both = tree_flatten(demo.decoder.parameters()), tree_flatten(plain.parameters())
+    assert [name for name, _ in both[0]] == [name for name, _ in both[1]]
+    assert all(a is b for (_, a), (_, b) in zip(*both, strict=True))
+    runs = [decoder_variants.decoding(d, context=20, steps=3) for d in (demo.decoder, plain)]
+    assert relative(runs[1](), runs[0]()) <= 1e-5
 
 
 # The cost
@@ -202,10 +218,15 @@ def test_the_command_runs_every_comparison(capsys: pytest.CaptureFixture[str]) -
         for form in ("as mlx-lm has it", "RoPE of q and k apart")
         for stage in ("prefill", "decode")
     ]
-    paired = ["tower: paired heads", "attention: paired heads"]
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    here = "tower: as a GPU runs it" if on_cpu else "tower: one mx.compile around it"
-    assert names == [*paired, *FORMS, here, "tower: low-memory mode", *decoder]
+    own_forms = on_cpu and has_scalar_cpu()
+    if own_forms:
+        decoder.insert(4, "decode, 16 bits: as a GPU runs it")  # packed weights have no other form
+    paired = ["tower: paired heads", "attention: paired heads"]
+    here = ["tower: as a GPU runs it"] if own_forms else []
+    if not on_cpu:
+        here = ["tower: one mx.compile around it"]
+    assert names == [*paired, *FORMS, *here, "tower: low-memory mode", *decoder]
     assert len(lines) == 1 + len(names) + 1
     assert all(found["verdict"].startswith("undecided") for found in report["comparisons"])
     assert all(found["difference"] <= 1e-5 for found in report["comparisons"])

@@ -6,6 +6,8 @@ import csv
 import io
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -24,7 +26,7 @@ from benchmarks.growth_points import (
     prefill_bound,
     tower_bound,
 )
-from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.backend import has_scalar_cpu, select_device
 from fastvlm_mlx.bench.costs import Storage
 from fastvlm_mlx.bench.machine import machine_card
 from fastvlm_mlx.bench.synthetic import synthetic_engine
@@ -49,9 +51,7 @@ def on_a_cpu() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model(on_a_cpu: None) -> FastVLM:
     """The demo's sizes in the forms that a GPU runs, which the formulas count."""
-    model = synthetic_engine("demo", device="cpu").pipeline.model
-    model.vision.form = None
-    return model
+    return synthetic_engine("demo", device="cpu", cpu_forms=False).pipeline.model
 
 
 SMALL = 256
@@ -210,6 +210,44 @@ def test_csv_has_every_point_and_the_plot_is_a_png() -> None:
         (kind, str(point.x)) for kind, points in kinds.items() for point in points
     ]
     assert table[0]["bound_bytes"] == "" and float(table[0]["best_ms"]) == 20.0
-    result = {kind: growth.summary(points) for kind, points in kinds.items()}
-    about = {"model": "m", "dtype": "float32", "machine": asdict(machine_card())}
-    assert growth_plot.draw(result | about).startswith(b"\x89PNG")
+    assert growth_plot.draw(whole(kinds)).startswith(b"\x89PNG")
+
+
+def whole(kinds: dict[str, list[Point]]) -> dict[str, Any]:
+    machine = asdict(machine_card())
+    about = {"model": "m", "dtype": "float32", "forms": "a GPU's forms", "machine": machine}
+    return {kind: growth.summary(points) for kind, points in kinds.items()} | about
+
+
+def test_the_result_says_which_forms_were_timed(model: FastVLM) -> None:
+    assert growth.forms_of(model) == "a GPU's forms"
+    chosen = synthetic_engine("demo", device="cpu").pipeline.model
+    own = "a CPU's own forms" if has_scalar_cpu() else "a GPU's forms"
+    assert growth.forms_of(chosen) == own
+
+
+# The files
+
+
+def test_results_are_written_whole_or_the_old_ones_stay(tmp_path: Path) -> None:
+    kinds = {kind: known(kind) for kind in ("vision", "prefill", "decode")}
+    growth.save(tmp_path, whole(kinds), kinds)
+    names = ["growth.csv", "growth.json", "growth.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    with pytest.raises(ValueError, match="JSON"):
+        growth.save(tmp_path, whole(kinds) | {"seconds": float("nan")}, kinds)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(SystemExit, match=r"growth\.json cannot be written: its folder is missing"):
+        growth.save(tmp_path / "missing", whole(kinds), kinds)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as refused:
+        growth.main(["--size", "demo", "--save", str(tmp_path / "file")])
+    assert refused.value.code == 2
+    said = capsys.readouterr()
+    assert "is a file: give a folder's name" in said.err and "round" not in said.out
