@@ -8,11 +8,12 @@
 Synthetic weights of real size, in the forms that the engine chooses: on an x86-64 CPU in float32
 its own ones, which the result names; run on a quiet machine. Each size is measured in turn, round
 after round, and its fastest round counts, since other work only ever adds. It is fitted by the
-terms of the cost's formula: vision and prefill constant, linear and square (attention), decode constant
-(weights) and linear (KV cache). Beside each point are the operations and bytes of the formula
-(`fastvlm_mlx/bench/costs.py`, which the tests hold equal to the traced graph). "worse" is the time
-an operation takes at the largest size over the least it took at any: far above 1, time grew faster
-than the formula. A byte in place of an operation for decode, which reads more than it computes.
+terms of the cost's formula: vision and prefill constant, linear and square (attention), decode
+constant (weights) and linear (KV cache). Beside each point are the operations and bytes of the
+formula (`fastvlm_mlx/bench/costs.py`, which the tests hold equal to the traced graph of a GPU's
+forms). "worse" is the time an operation takes at the largest size over the least it took at any:
+far above 1, time grew faster than the formula. A byte in place of an operation for decode, which
+reads more than it computes.
 Memory is what MLX held at most beyond the weights, and for the KV cache what it holds. The last
 line is JSON.
 """
