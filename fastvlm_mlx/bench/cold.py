@@ -8,16 +8,15 @@ engine: this process loads nothing.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fastvlm_mlx.bench.file_cache import file_cache_state
+from fastvlm_mlx.bench.file_cache import file_cache_state, forget, weight_files
 from fastvlm_mlx.bench.inputs import input_files, prompt_text
 from fastvlm_mlx.bench.results import Case, Series
 from fastvlm_mlx.checkpoint.hub import model_folder
@@ -71,26 +70,30 @@ def cold_start(
     case: Case,
     *,
     runs: int,
-    device: str | None = None,
-    dtype: str | None = None,
+    loading: Mapping[str, Any] | None = None,
     photo: bool = False,
     empty_file_cache: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> ColdStart:
     """Start `fastvlm generate` `runs` times on the case, one token each.
 
+    `loading` has options of `fastvlm_mlx.load` by name, as a command line can give them.
     `empty_file_cache` asks Linux to forget the weights' files before each run. The first run is
     counted as any other: it differs by the file cache alone, and `file_cache` says how that was.
     Raises FastVLMError if a run fails, with the command's own line.
     """
     if runs < 1:
         raise FastVLMError(f"a cold start is measured at least once, not {runs} times")
-    folder = model_folder(model)
-    weights = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    folder, given = model_folder(model), dict(loading or {})
+    folders = [folder]
+    if given.get("vision_from") is not None:
+        folders.append(model_folder(given["vision_from"]))
+        given["vision_from"] = str(folders[1])
+    weights = weight_files(*folders)
     found: dict[str, list[float]] = {}
     states = set()
     with input_files(photo=photo) as files:
-        arguments = _arguments(folder, case, files.paths(case), device, dtype)
+        arguments = _arguments(folder, case, files.paths(case), given)
         for run in range(runs):
             say(f"cold start {run + 1} of {runs}: {case.name}")
             if empty_file_cache:
@@ -113,32 +116,28 @@ def parts(times: dict[str, float]) -> dict[str, float]:
     return {"cold_ttft_ms": total, "cold_overhead_ms": overhead} | took
 
 
-def forget(paths: Sequence[Path]) -> None:
-    """Ask the system to drop files from its cache. Raises FastVLMError where it cannot be asked."""
-    if not hasattr(os, "posix_fadvise"):
-        raise FastVLMError("only Linux can be asked to forget the weights' files")
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # what is not written yet stays
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
 def _arguments(
-    folder: Path, case: Case, pictures: Sequence[Path], device: str | None, dtype: str | None
+    folder: Path, case: Case, pictures: Sequence[Path], loading: Mapping[str, Any]
 ) -> list[str]:
-    chosen = {"--device": device, "--dtype": dtype, "--resolution": str(case.resolution)}
-    if not pictures:
-        del chosen["--resolution"]
-    options = [word for name, value in chosen.items() if value for word in (name, value)]
     return [
         "generate",
         *map(str, pictures),
         *("--model", str(folder), "-p", prompt_text(case.prompt), "--max-tokens", "1"),
-        *options,
+        *_words(loading),
+        *(("--resolution", str(case.resolution)) if pictures else ()),
     ]
+
+
+def _words(loading: Mapping[str, Any]) -> Iterator[str]:
+    """Yield options as the command line writes them, those that were given."""
+    for name, value in loading.items():
+        if value is None or value is False:
+            continue
+        yield "--" + name.replace("_", "-")
+        if name == "memory_limit":
+            yield f"{value / 1000:.3f}K"  # a size needs a unit
+        elif value is not True:
+            yield str(value)
 
 
 def _run(arguments: Sequence[str]) -> dict[str, float]:

@@ -62,7 +62,7 @@ _MODEL = (
     ),
 )
 # The options of `load` that a command line may name.
-_LOAD = (
+LOADING = (
     *("dtype", "device", "memory_limit", "vision_from", "keep_quantized"),
     *("low_memory", "paired_heads"),
 )
@@ -167,7 +167,7 @@ def load_engine(
     """Load a model as a command line says. Raises a FastVLMError."""
     from fastvlm_mlx.engine import load
 
-    options = {name: given[name] for name in _LOAD}
+    options = {name: given[name] for name in LOADING}
     engine = load(model, say=say, progress=progress, on_config=on_config, **options)
     log.info(
         "%s: %s layout, computing in %s",

@@ -42,7 +42,8 @@ def command(context: click.Context, **given: Any) -> int:
     _require_places(given)
     console: Console = context.obj
     from fastvlm_mlx.bench.files import read_report
-    from fastvlm_mlx.cli.bench_runs import Wanted, measure
+    from fastvlm_mlx.cli.bench_runs import measure
+    from fastvlm_mlx.cli.bench_weights import Wanted
 
     baseline = None if given["check"] is None else read_report(given["check"])
     earlier = None
@@ -105,6 +106,7 @@ def _print(measured: Measured) -> None:
         for theirs in others:
             parts.append(comparison_table(ours, theirs, interleaved=measured.interleaved))
             parts.append("\n".join(measured.comparison.agreement.get(theirs.runtime, ())))
+        parts.append("\n".join(measured.comparison.notes))
     click.echo("\n\n".join(part for part in parts if part))
 
 

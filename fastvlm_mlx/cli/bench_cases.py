@@ -9,12 +9,11 @@ from itertools import product
 from typing import Any
 
 from fastvlm_mlx.bench import sweeps
-from fastvlm_mlx.bench.harness import OurRuntime, Say
-from fastvlm_mlx.bench.inputs import input_files
+from fastvlm_mlx.bench.harness import Say, require_room
 from fastvlm_mlx.bench.results import Case, Report
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.engine import Engine
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.prompt.processor import Processor
 
 
 def make_cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
@@ -38,22 +37,32 @@ def make_cases(given: dict[str, Any], config: ModelConfig) -> tuple[Case, ...]:
     )
 
 
-def fitting(cases: tuple[Case, ...], engine: Engine, *, photo: bool, say: Say) -> tuple[Case, ...]:
+def fitting(
+    cases: tuple[Case, ...],
+    given: dict[str, Any],
+    config: ModelConfig,
+    processor: Processor,
+    say: Say,
+) -> tuple[Case, ...]:
     """Return those cases of a sweep's own range that the model can take, and name the others.
 
-    The first case always stays: if that does not fit, measuring it says so.
+    Raises FastVLMError for a case that was asked for and does not fit, or if none does.
     """
-    found = []
-    with input_files(photo=photo) as files:
-        runtime = OurRuntime(engine, files)
+    if given.get(given["sweep"], ()) is not None:  # no sweep, or over values given
         for case in cases:
-            try:
-                runtime.prepare(case)
-            except FastVLMError as error:
-                say(f"left out of the sweep: {error}")
-            else:
-                found.append(case)
-    return tuple(found) or cases[:1]
+            require_room(case, config, processor)
+        return cases
+    found: list[Case] = []
+    for case in cases:
+        try:
+            require_room(case, config, processor)
+        except FastVLMError as error:
+            say(f"left out of the sweep: {error}")
+        else:
+            found.append(case)
+    if not found:
+        raise FastVLMError("no case of the sweep fits this model: give a smaller --resolution")
+    return tuple(found)
 
 
 def require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:

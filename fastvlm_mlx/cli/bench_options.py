@@ -5,6 +5,7 @@ Knows click and what goes with what. Imports nothing heavy before a value is giv
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,6 +78,8 @@ _OPTIONS = (
            show_default=True, help="How often before that, left out."),
     option("Runs", "--cold", type=click.IntRange(min=1), metavar="N",
            help="Also start so many fresh processes and time each to its first token."),
+    option("Runs", "--cold-files", is_flag=True,
+           help="With --cold: have Linux forget the weights' files before each start and load."),
     option("Compare", "--compare", metavar="mlx-vlm|FILE",
            help="The same work in mlx-vlm, in turn with ours; or the ratios to a saved result."),
     option("Compare", "--peer-python", metavar="PATH",
@@ -130,6 +133,8 @@ def _nonsense(context: click.Context) -> Iterator[str]:
         for other in ("bits", "check", "compare", "csv"):
             if given[other] is not None:
                 yield f"--sweep quantization measures several models: leave out --{other}"
+    if given["cold_files"]:
+        yield from _no_cold_files(given)
     if given["compare"] == MLX_VLM:
         for other in ("vision_from", "memory_limit"):
             if given[other] is not None:
@@ -137,12 +142,26 @@ def _nonsense(context: click.Context) -> Iterator[str]:
         for other in ("paired_heads", "low_memory", "keep_quantized"):
             if given[other]:
                 yield _not_theirs(other)
+        if given["check"] is not None:
+            yield (
+                f"--check is of our engine alone, and --compare {MLX_VLM} measures it otherwise: "
+                "leave out one of them"
+            )
     if given["compare"] == "":
         yield "--compare needs mlx-vlm or a saved result"
     if given["peer_python"] is not None and given["compare"] != MLX_VLM:
         yield f"--peer-python needs --compare {MLX_VLM}"
     if given["tolerance"] is not None and given["check"] is None:
         yield "--tolerance needs --check"
+
+
+def _no_cold_files(given: dict[str, Any]) -> Iterator[str]:
+    if given["cold"] is None:
+        yield "--cold-files needs --cold"
+    if given["compare"] == MLX_VLM:
+        yield f"--cold-files is not done with --compare {MLX_VLM}, where all load from memory"
+    if not hasattr(os, "posix_fadvise"):
+        yield "--cold-files needs Linux: no other system can be asked to forget files"
 
 
 def _not_theirs(name: str) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from fastvlm_mlx.bench import cold
-from fastvlm_mlx.bench.cold import cold_start, forget, parts
-from fastvlm_mlx.bench.file_cache import file_cache_state
+from fastvlm_mlx.bench.cold import cold_start, parts
+from fastvlm_mlx.bench.file_cache import file_cache_state, forget
 from fastvlm_mlx.bench.results import Case
 from fastvlm_mlx.errors import FastVLMError
 
@@ -32,7 +32,7 @@ def test_each_run_is_a_process_of_its_own_and_every_part_has_a_value_a_run(
 
     monkeypatch.setattr(subprocess, "run", run)
     said: list[str] = []
-    found = cold_start("demo", CASE, runs=2, dtype="float32", say=said.append)
+    found = cold_start("demo", CASE, runs=2, loading={"dtype": "float32"}, say=said.append)
     assert len(commands) == len(said) == 2
     assert all(command[0] == sys.executable for command in commands)
     assert commands[0][-2:] == ["--resolution", "64"]
