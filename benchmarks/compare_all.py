@@ -4,7 +4,8 @@
 
 from the repository's root, where fastvlm-mlx is installed; PYTHON has mlx-vlm, the other one torch,
 timm and transformers. About ten minutes for three rounds on two cores, and 11 GB of memory, as all
-three stay loaded. Writes `results/peers.json` and `peers.md`, also if one of the others fails.
+three stay loaded. Writes `results/peers.json` and `peers.md`, whole, also if one of the others
+fails as long as there is something to compare with.
 
 Random FastVLM-0.5B of real size, one picture, greedy, float32; each runtime has a process of its
 own and waits while another computes; both MLX engines get the same OpenBLAS. A round is an answer
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison_table import markdown
+from fastvlm_mlx.bench import files
 from fastvlm_mlx.bench.compare import compare
 from fastvlm_mlx.bench.peer_runtime import OURS, Contender, mlx_vlm
 from fastvlm_mlx.bench.results import Case
@@ -63,8 +65,23 @@ def teller() -> Callable[[str], None]:
     return lambda line: print(f"{time.monotonic() - since:6.0f} s  {line}", file=sys.stderr)
 
 
-def main() -> None:
+def main() -> int:
     options = arguments()
+    try:
+        compare_all(options)
+    except FastVLMError as error:
+        print(f"compare_all: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compare_all(options: argparse.Namespace) -> None:
+    """Measure, write both files, print the table. Raises FastVLMError, one line."""
+    files.require_place(options.out, ".json")
+    table = options.out.with_suffix(".md")
+    if table == options.out:
+        raise FastVLMError("--out is where the JSON goes: the table will stand beside it, as .md")
+    files.require_place(table, ".md")
     say = teller()
     contenders = [OURS, mlx_vlm(options.mlx_vlm_python)]
     if options.torch_python is not None:
@@ -77,17 +94,8 @@ def main() -> None:
         failures[name] = str(error)
         say(f"{name} is out: {error}")
 
-    small = Case(resolution=COLD_SIDE, images=1, prompt="short", max_tokens=2)
     case = Case(
         resolution=options.resolution, images=1, prompt="short", max_tokens=options.max_tokens
-    )
-    plan = Plan(
-        rounds=options.rounds,
-        warm_up=small,
-        profiled_rounds=options.profiled_rounds,
-        second_turns=options.second_turns,
-        cold_runs=options.cold,
-        cold=small,
     )
     say(f"writing random weights of size {options.size}")
     with synthetic_subject(options.size, 16, dtype="float32", device="cpu") as subject:
@@ -95,7 +103,7 @@ def main() -> None:
             contenders,
             subject,
             [case],
-            plan,
+            plan_of(options),
             command=f"python -m benchmarks.compare_all --rounds {options.rounds}",
             say=say,
             dropped=dropped,
@@ -104,11 +112,24 @@ def main() -> None:
         "failures": failures,
         "load_after": os.getloadavg()[0],
     }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
     text = markdown(found, failures)
-    options.out.with_suffix(".md").write_text(text + "\n")
+    files.write_json(options.out, results)
+    files.write_whole(table, f"{text}\n".encode())
     print(text)
     print(json.dumps({name: medians(ratios) for name, ratios in results["ratios"].items()}))
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """Return how often what is done; warm-up and cold starts are of a small picture."""
+    small = Case(resolution=COLD_SIDE, images=1, prompt="short", max_tokens=2)
+    return Plan(
+        rounds=options.rounds,
+        warm_up=small,
+        profiled_rounds=options.profiled_rounds,
+        second_turns=options.second_turns,
+        cold_runs=options.cold,
+        cold=small,
+    )
 
 
 def medians(ratios: dict[str, Any]) -> dict[str, float]:
@@ -121,4 +142,4 @@ def medians(ratios: dict[str, Any]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Result files: read as a report, written whole or not at all, never over something else.
 
-Knows the three kinds of file a benchmark leaves (JSON, CSV, PNG) and what disks refuse. Whether a
-place can be written is found out before anything is measured.
+Knows the kinds of file a benchmark leaves (JSON, CSV, PNG, Markdown) and what disks refuse. Whether
+a place can be written is found out before anything is measured.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _STARTS = {
     ".json": b"{",
     ".csv": ",".join(CSV_COLUMNS[:2]).encode(),
     ".png": b"\x89PNG\r\n\x1a\n",
+    ".md": b"|",
 }
 
 
@@ -58,7 +59,7 @@ def read_report(path: Place) -> Report:
 def require_place(path: Place, suffix: str) -> None:
     """Raise FastVLMError, one line, if a result could not be written to `path` later.
 
-    `suffix` is ".json", ".csv" or ".png": an existing file of another kind is not replaced.
+    `suffix` is ".json", ".csv", ".png" or ".md": an existing file of another kind is not replaced.
     """
     place = expanded(path)
     try:

@@ -258,7 +258,10 @@ def test_a_result_without_a_case_of_this_run_is_refused_before_measuring(
         (("--compare", "mlx-vlm", "--check", "none.json"), "leave out one of them"),
         (("--cold-files",), "--cold-files needs --cold"),
         (("--cold-files", "--cold", "1", "--compare", "mlx-vlm"), "not done with --compare"),
-        (("--vision-from", "demo"), "has its own tower: leave out --vision-from"),
+        (
+            ("--model", "demo", "--vision-from", "demo"),
+            "has its own tower: leave out --vision-from",
+        ),
         (("--tolerance", "0.1"), "needs --check"),
         (("--compare", "none.json"), "none.json: no such file"),
         (("--compare", ""), "--compare needs"),
