@@ -63,6 +63,10 @@ class FusedAttention(nn.Module):
         turned = self.rope(turned, offset=0 if cache is None else cache.offset)
         queries, keys = mx.split(turned, [self.n_heads], axis=1)
         if cache is not None:
+            if cache.offset == 0 and length % cache.step == 0:
+                # They fill a new buffer, so MLX takes them for it, and with them all they are
+                # slices of: queries, keys and values of every layer.
+                keys, values = mx.contiguous(keys), mx.contiguous(values)
             keys, values = cache.update_and_fetch(keys, values)
         if residual.shape[1] < length:
             queries, mask = queries[:, :, -1:], None
