@@ -8,33 +8,23 @@ process and computes only while the others wait (`turns.py`). Knows no runtime a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from fastvlm_mlx.bench.file_cache import file_cache_state, read_through
-from fastvlm_mlx.bench.harness import Say, Tally
+from fastvlm_mlx.bench.harness import Say
 from fastvlm_mlx.bench.inputs import InputFiles, input_files
 from fastvlm_mlx.bench.peer import PICTURE_ID
+from fastvlm_mlx.bench.peer_report import card, once, results
 from fastvlm_mlx.bench.peer_runtime import Contender, PeerRuntime, Weights
 from fastvlm_mlx.bench.ratios import ratio
-from fastvlm_mlx.bench.results import (
-    METRICS,
-    Case,
-    CaseResult,
-    MachineCard,
-    ModelCard,
-    Report,
-    Series,
-    Settings,
-    Unit,
-)
+from fastvlm_mlx.bench.results import Case, Report, Series, Settings
 from fastvlm_mlx.bench.subject import Subject
 from fastvlm_mlx.bench.turns import Dropped, Plan, Turns, start_in_turn
-from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import FastVLMError
 
 
@@ -81,17 +71,21 @@ def compare(
 
     Who fails ends the comparison, unless `dropped` is given, which then hears of it while the
     others go on; ours is never dropped, nor who alone was to be compared with it. The weights'
-    files are read once before, so that all load from memory where that is large enough. Raises
+    files are read before each load, so that all load from memory where that is large enough. Raises
     FastVLMError, one line, and leaves no process.
     """
     if not cases or plan.rounds < 1:
         raise FastVLMError("nothing is compared: give at least one case and one round")
-    say("reading the weights' files")
-    read_through(subject.files)
-    states = {file_cache_state(subject.files)}
+    states = set()
+
+    def ready() -> None:
+        read_through(subject.files)
+        states.add(file_cache_state(subject.files))
+
     with input_files(photo=plan.photo) as files:
         with ExitStack() as running:
-            runtimes = _started(contenders, subject.weights, files, plan, running, say, dropped)
+            load = partial(_load, weights=subject.weights, files=files, plan=plan, ready=ready)
+            runtimes = _started(contenders, load, running, say, dropped)
             turns = Turns.among(runtimes, cases, plan, say=say, dropped=dropped)
             turns.take()
         alive = [runtime.name for runtime in turns.runtimes]
@@ -101,10 +95,10 @@ def compare(
             plan.cold or cases[0],
             files,
             plan,
+            ready=ready,
             say=say,
             dropped=dropped,
         )
-        states.add(file_cache_state(subject.files))
         settings = Settings(
             runs=plan.rounds,
             warm_up_runs=plan.warm_up_runs,
@@ -115,9 +109,9 @@ def compare(
     ours, *others = [runtime for runtime in runtimes if turns.beyond[runtime.name][0]]
     reports = [
         dataclasses.replace(
-            _card(runtime, ours, subject, settings, command),
-            cases=_results(turns, runtime, subject.config),
-            once=_once(runtime) | _series(cold.get(runtime.name, {})),
+            card(runtime, ours, subject, settings, command),
+            cases=results(turns, runtime, subject.config),
+            once=once(runtime, cold.get(runtime.name, {})),
         )
         for runtime in (ours, *others)
     ]
@@ -128,11 +122,21 @@ def compare(
     return Comparison(tuple(reports), agreement, interleaved=True, notes=turns.notes())
 
 
-def _started(
-    contenders: Sequence[Contender],
+def _load(
+    contender: Contender,
+    *,
     weights: Weights,
     files: InputFiles,
     plan: Plan,
+    ready: Callable[[], None],
+) -> PeerRuntime:
+    ready()
+    return PeerRuntime(contender, weights, files, patience_s=plan.patience_s)
+
+
+def _started(
+    contenders: Sequence[Contender],
+    load: Callable[[Contender], PeerRuntime],
     running: ExitStack,
     say: Say,
     dropped: Dropped | None,
@@ -142,7 +146,7 @@ def _started(
     for place, contender in enumerate(contenders, 1):
         say(f"loading {contender.name}")
         try:
-            runtime = PeerRuntime(contender, weights, files, patience_s=plan.patience_s)
+            runtime = load(contender)
         except FastVLMError as error:
             alone = place == len(contenders) and len(runtimes) == 1
             if dropped is None or not runtimes or alone:
@@ -233,67 +237,3 @@ def ratios_json(ours: Report, theirs: Report, *, interleaved: bool) -> dict[str,
         for result in ours.cases
         if result.case in cases
     }
-
-
-def _card(
-    runtime: PeerRuntime, ours: PeerRuntime, subject: Subject, settings: Settings, command: str
-) -> Report:
-    """Return a report without figures.
-
-    Of the machine and the weights ours speaks where a runtime does not, as they are the same;
-    nobody speaks for what a runtime computes with.
-    """
-    mine, theirs = ours.about, runtime.about
-    versions = theirs["versions"]
-    own = {"python": versions["python"], "mlx": versions.get("mlx", ""), "backend": "", "blas": ""}
-    machine = MachineCard(**(mine["machine"] | own | theirs["machine"]))
-    return Report(
-        runtime=theirs["name"],
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        machine=machine,
-        model=ModelCard(
-            name=subject.name,
-            synthetic=subject.synthetic,
-            parameters=theirs["parameters"] or mine["parameters"],
-            weight_bytes=theirs["weight_bytes"],
-            dtype=subject.weights.dtype,
-            quantization=subject.quantization,
-            fingerprint=theirs["fingerprint"] or mine["fingerprint"],
-            unpacked=theirs["unpacked"],
-        ),
-        settings=settings,
-        cases=(),
-    )
-
-
-def _results(turns: Turns, runtime: PeerRuntime, config: ModelConfig) -> tuple[CaseResult, ...]:
-    """Return a runtime's cases, those of them that were measured."""
-    return tuple(
-        _result(tally, beyond, config)
-        for tally, beyond in zip(
-            turns.tallies[runtime.name], turns.beyond[runtime.name], strict=True
-        )
-        if beyond
-    )
-
-
-def _result(tally: Tally, beyond: dict[str, list[float]], config: ModelConfig) -> CaseResult:
-    case = tally.case
-    tokens = config.vision.tokens(case.resolution, case.resolution)
-    result = tally.result(case.images * tokens)
-    return dataclasses.replace(result, series=result.series | _series(beyond))
-
-
-def _once(runtime: PeerRuntime) -> dict[str, Series]:
-    """Return how long it took until the weights were there in the dtype that all compute in."""
-    return _series({"load_ms": [runtime.loaded["load_ms"] + runtime.loaded["cast_ms"]]})
-
-
-def _series(figures: dict[str, list[float]]) -> dict[str, Series]:
-    def unit(name: str) -> Unit:
-        if name in METRICS:
-            return METRICS[name].unit
-        return "bytes" if name.endswith("_bytes") else "ms"
-
-    return {name: Series(unit(name), tuple(values)) for name, values in figures.items()}

@@ -174,15 +174,20 @@ def start_in_turn(
     files: InputFiles,
     plan: Plan,
     *,
+    ready: Callable[[], None],
     say: Say,
     dropped: Dropped | None,
 ) -> dict[str, dict[str, list[float]]]:
-    """Start every contender cold `plan.cold_runs` times; return figures by name of contender."""
+    """Start every contender cold `plan.cold_runs` times; return figures by name of contender.
+
+    `ready` is called before each start.
+    """
     found: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in contenders}
     left = list(contenders)
     for number in range(plan.cold_runs):
         for contender in rotated(left, number):
             say(f"cold start {number + 1} of {plan.cold_runs}: {contender.name}")
+            ready()
             try:
                 took = start_cold(contender, weights, case, files, patience_s=plan.patience_s)
             except FastVLMError as error:

@@ -95,7 +95,9 @@ def _write(measured: Measured, given: dict[str, Any]) -> None:
 
 def _print(measured: Measured) -> None:
     """Print each model's table, what grew over the cases, and the ratios to other runtimes."""
-    from fastvlm_mlx.bench.ratios import comparison_table
+    import textwrap
+
+    from fastvlm_mlx.bench.ratios import WIDTH, comparison_table
     from fastvlm_mlx.bench.report import overview, table
 
     parts = [table(report) for report in measured.ours]
@@ -106,7 +108,8 @@ def _print(measured: Measured) -> None:
         for theirs in others:
             parts.append(comparison_table(ours, theirs, interleaved=measured.interleaved))
             parts.append("\n".join(measured.comparison.agreement.get(theirs.runtime, ())))
-        parts.append("\n".join(measured.comparison.notes))
+        notes = (textwrap.wrap(note, WIDTH) for note in measured.comparison.notes)
+        parts.append("\n".join(line for lines in notes for line in lines))
     click.echo("\n\n".join(part for part in parts if part))
 
 

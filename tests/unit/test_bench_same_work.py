@@ -185,7 +185,7 @@ def stored(folder: Path) -> Any:
     return dataclasses.replace(SUBJECT, weights=weights)
 
 
-def test_the_weights_are_read_before_anybody_loads_and_their_state_is_what_was_found(
+def test_the_weights_are_read_before_each_load_and_their_state_is_what_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = stored(tmp_path)
@@ -193,23 +193,25 @@ def test_the_weights_are_read_before_anybody_loads_and_their_state_is_what_was_f
     real = comparing.read_through
 
     def read(paths: list[Path]) -> None:
-        order.extend(path.name for path in paths)
-        assert not (tmp_path / "log").exists()
+        log = tmp_path / "log"
+        loads = asked(tmp_path, "load") if log.exists() else []
+        order.append(f"{len(loads)} loads, then {paths[0].name}")
         real(paths)
 
     monkeypatch.setattr(comparing, "read_through", read)
-    plan = Plan(rounds=1, warm_up_runs=0)
-    (report,) = compare([scripted(tmp_path, "ours")], subject, [CASE], plan).reports
-    assert order == ["model.safetensors"]
+    plan = Plan(rounds=1, warm_up_runs=0, cold_runs=1)
+    both = [scripted(tmp_path, "ours"), scripted(tmp_path, "theirs")]
+    report, _ = compare(both, subject, [CASE], plan).reports
+    assert order == [f"{loads} loads, then model.safetensors" for loads in range(4)]
     assert report.settings.file_cache == file_cache_state(weight_files(subject.weights.folder))
 
 
-def test_files_that_were_not_found_alike_before_and_after_are_in_no_known_state(
+def test_files_that_were_not_found_alike_before_each_load_are_in_no_known_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states = iter(("warm", "cold"))
     monkeypatch.setattr(comparing, "file_cache_state", lambda _: next(states))
-    plan = Plan(rounds=1, warm_up_runs=0)
+    plan = Plan(rounds=1, warm_up_runs=0, cold_runs=1)
     (report,) = compare([scripted(tmp_path, "ours")], stored(tmp_path), [CASE], plan).reports
     assert report.settings.file_cache == "unknown"
 
