@@ -4,6 +4,10 @@ Knows mlx-vlm 0.7's `load`, `apply_chat_template`, `stream_generate` and chat, a
 of its own that a profiled run fences. Knows nothing of our engine: it runs under a Python that has
 mlx-vlm (`peer_process.py` starts it, with OpenBLAS preloaded as for ours).
 
+With several pictures its answers are others than ours: models/fastvlm/fastvlm.py cuts the text at
+places that count the pictures before, so the n-th picture stands n - 1 ids too late. The work is
+as much.
+
 What is imposed: the dtype of the weights (cast after loading), the side the pictures are fitted
 to, greedy choice, and that no id stops an answer.
 """
