@@ -22,6 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.cli.command import DEMO, Ran, Run, edit_json, spawn, wait
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 Tensors = dict[str, np.ndarray]
 
 PROJECTOR = "model.multi_modal_projector.linear_1.weight"

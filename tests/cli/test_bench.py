@@ -25,6 +25,8 @@ from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS
 from fastvlm_mlx.bench.sweeps import PROMPT_WORDS
 from tests.cli.command import Ran, Run, spawn, wait
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 QUICK = ("--runs", 2, "--warm-up", 0, "--max-tokens", 4)
 
 

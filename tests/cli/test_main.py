@@ -16,6 +16,8 @@ from fastvlm_mlx import __version__
 from fastvlm_mlx.cli.interrupt import Interrupt
 from tests.cli.command import COMMAND, Ran, Run, spawn, wait
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 ESC = "\x1b"
 
 

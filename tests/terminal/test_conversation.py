@@ -22,6 +22,8 @@ from fastvlm_mlx.terminal.remarks import cut_line, dropped_line
 from fastvlm_mlx.terminal.replies import Reply, picture_line, reply, worth_offering
 from fastvlm_mlx.terminal.settings import Settings
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 PICTURES = Path(__file__).parents[2] / "examples" / "images"
 CIRCLE = PICTURES / "red_circle.png"
 CROSSES = PICTURES / "three_crosses_and_a_star.png"

@@ -25,6 +25,8 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.terminal.history import MAX_ENTRIES, HistoryFile, history_path
 from fastvlm_mlx.terminal.line_input import Cancelled, LineInput
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 UP, ALT_ENTER, ENTER, NEW_LINE, TAB = "\x1b[A", "\x1b\r", "\r", "\n", "\t"
 
 

@@ -17,6 +17,8 @@ from fastvlm_mlx.bench import plots
 from fastvlm_mlx.bench.results import Report
 from fastvlm_mlx.errors import FastVLMError
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 SWEEP = made_report(
     *(
         made_case(px, factor=(px / 512) ** 2, limits={"vision_ms": VISION_LIMIT})

@@ -24,6 +24,8 @@ from fastvlm_mlx.bench.results import STAGES, Report, Series
 from fastvlm_mlx.bench.turns import Plan
 from fastvlm_mlx.errors import FastVLMError
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 
 def run(contenders: list[Contender], **plan: Any) -> Comparison:
     chosen = {"rounds": 2, "warm_up_runs": 0, "second_turns": 2} | plan

@@ -25,6 +25,8 @@ from fastvlm_mlx.model import fingerprint as module
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.fingerprint import fingerprint
 
+pytestmark = pytest.mark.slow  # many small ones: left to `make test`
+
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo"
 # Written down once: a file saved today must still find its model tomorrow, on any machine.
 FROZEN = "d46b1c14156ab6120489646d77040d51"
