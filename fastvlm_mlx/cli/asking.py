@@ -52,7 +52,7 @@ _MODEL = (
         "Model",
         "--low-memory",
         is_flag=True,
-        help="Run the vision tower step by step: the same answer in far less memory.",
+        help="Run the vision tower step by step: the same answer, less memory for large pictures.",
     ),
     option(
         "Model",
