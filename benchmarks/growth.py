@@ -33,6 +33,7 @@ from typing import Any
 import fastvlm_mlx  # noqa: F401  (OpenBLAS before mlx.core)
 
 # isort: split
+from benchmarks.arguments import Arguments, positive, several, side
 from benchmarks.growth_fit import Fit, fit
 from benchmarks.growth_points import (
     DECODE_STEPS,
@@ -41,11 +42,12 @@ from benchmarks.growth_points import (
     measure_prefill,
     measure_vision,
 )
+from fastvlm_mlx.backend import DTYPES
 from fastvlm_mlx.bench.costs import Storage
 from fastvlm_mlx.bench.files import require_folder, write_json, write_whole
 from fastvlm_mlx.bench.machine import machine_card
 from fastvlm_mlx.bench.plots import require_matplotlib
-from fastvlm_mlx.bench.synthetic import SIZES, synthetic_engine
+from fastvlm_mlx.bench.synthetic import SIZES, synthetic_checkpoint, synthetic_engine
 from fastvlm_mlx.config import DecoderConfig
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -58,6 +60,11 @@ TERMS = {
     "vision": ("constant", "linear", "square"),
     "prefill": ("constant", "linear", "square"),
     "decode": ("constant", "linear"),
+}
+OPTIONS = {
+    "vision": ("--sides", side, SIDES, "pixels a side, multiples of 64"),
+    "prefill": ("--tokens", positive, TOKENS, "of prompts"),
+    "decode": ("--contexts", positive, CONTEXTS, "positions in the KV cache"),
 }
 UNITS = {"vision": "pixels", "prefill": "tokens", "decode": "positions in the KV cache"}
 
@@ -179,41 +186,58 @@ def save(folder: Path, result: dict[str, Any], kinds: dict[str, list[Point]]) ->
         raise SystemExit(str(error)) from error
 
 
-def numbers(text: str) -> list[int]:
-    return sorted(int(part) for part in text.split(","))
+def parser() -> Arguments:
+    """The options; the defaults are read as what a user types is."""
+
+    def listed(sizes: Sequence[int]) -> str:
+        return ",".join(map(str, sizes))
+
+    options = Arguments("benchmarks.growth", __doc__)
+    add = options.add_argument
+    add("--size", choices=SIZES, default="0.5b", help="of the model; default: %(default)s")
+    add("--device", choices=("cpu", "gpu"), help="default: MLX's own choice")
+    add("--dtype", choices=DTYPES, help="default: bfloat16, on a CPU float32")
+    add("--rounds", type=positive, default=3, metavar="N", help="default: %(default)s")
+    for kind, (option, one, sizes, what) in OPTIONS.items():
+        least = len(TERMS[kind])
+        add(option, type=several(one), default=listed(sizes), metavar="N,…",
+            help=f"{what}: needs {least} sizes or more; default: %(default)s")  # fmt: skip
+    add("--low-memory", action="store_true", help="the tower, step by step")
+    add("--gpu-forms", action="store_true", help="also where a CPU has its own")
+    add("--save", type=Path, metavar="FOLDER", help="write growth.json, growth.csv and growth.png")
+    return options
+
+
+def require_sizes(options: argparse.Namespace) -> None:
+    """Raise FastVLMError where fewer sizes than terms are given, or fit the model."""
+    config = synthetic_checkpoint(options.size).config.decoder
+    for kind, (option, *_) in OPTIONS.items():
+        given = getattr(options, option.removeprefix("--"))
+        fit_in = given if kind == "vision" else fitting(given, config)
+        least = len(TERMS[kind])
+        if len(fit_in) < least:
+            few = len(fit_in) < len(given)
+            room = f" that leave room in {config.max_positions} positions" if few else ""
+            raise FastVLMError(f"{option} needs {least} sizes or more{room}, to fit its terms")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--device", choices=("cpu", "gpu"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sides", type=numbers, default=list(SIDES), help="pixels, of 64 each")
-    parser.add_argument("--tokens", type=numbers, default=list(TOKENS))
-    parser.add_argument("--contexts", type=numbers, default=list(CONTEXTS))
-    parser.add_argument("--low-memory", action="store_true", help="the tower, step by step")
-    parser.add_argument("--gpu-forms", action="store_true", help="also where a CPU has its own")
-    parser.add_argument("--save", type=Path, metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    sizes = {"vision": options.sides, "prefill": options.tokens, "decode": options.contexts}
-    for kind, given in sizes.items():
-        if len(given) < len(TERMS[kind]):
-            parser.error(f"{kind} needs {len(TERMS[kind])} sizes or more, to fit its terms")
-    if options.save:
-        try:
+    command = parser()
+    options = command.parse_args(arguments)
+    try:
+        require_sizes(options)
+        if options.save:
             require_matplotlib()
             require_folder(options.save)
-        except FastVLMError as error:
-            parser.error(str(error))
-    engine = synthetic_engine(
-        options.size,
-        device=options.device,
-        dtype=options.dtype,
-        low_memory=options.low_memory,
-        cpu_forms=not options.gpu_forms,
-    )
+        engine = synthetic_engine(
+            options.size,
+            device=options.device,
+            dtype=options.dtype,
+            low_memory=options.low_memory,
+            cpu_forms=not options.gpu_forms,
+        )
+    except FastVLMError as error:
+        command.error(str(error))
     model = engine.pipeline.model
     since = time.perf_counter()
     kinds = measure(model, options)

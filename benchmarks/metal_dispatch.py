@@ -11,7 +11,6 @@ in `metal_rules`; mlx-vlm's counts by the same rules come from `peers/mlx_vlm_di
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import metal_stages
+from benchmarks.arguments import Arguments
 from benchmarks.metal_rules import MLX_COMMIT, MLX_VERSION, SOURCES, check_version
 from benchmarks.metal_rules.chips import CHIPS
 from benchmarks.metal_rules.kernels import KINDS
 from benchmarks.metal_summary import Summary, failures, of_chips, table
+from fastvlm_mlx.bench.files import require_place
+from fastvlm_mlx.errors import FastVLMError
 
 RESULTS = Path(__file__).parent / "results"
 OURS, PEER, TABLES = (
@@ -171,21 +173,37 @@ def all_of_ours() -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--bits", type=int, choices=BITS, default=16)
-    parser.add_argument("--chip", choices=sorted(CHIPS), default="m1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there as well")
-    parser.add_argument("--check", action="store_true", help="exit with 1 if a limit is broken")
-    parser.add_argument("--write", action="store_true", help="write the committed files anew")
-    arguments = parser.parse_args()
+def parser() -> Arguments:
+    """The options."""
+    options = Arguments("benchmarks.metal_dispatch", __doc__)
+    add = options.add_argument
+    add("--size", choices=SIZES, default="0.5b", help="of the model; default: %(default)s")
+    add("--bits", type=int, choices=BITS, default=16,
+        help="of the decoder's weights; default: %(default)s")  # fmt: skip
+    add("--chip", choices=sorted(CHIPS), default="m1", metavar="CHIP",
+        help=f"one of {', '.join(sorted(CHIPS))}; default: %(default)s")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write the report there as well")
+    add("--check", action="store_true", help="exit with 1 if a limit is broken")
+    add("--write", action="store_true", help="write the committed files anew")
+    return options
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    command = parser()
+    arguments = command.parse_args(given)
+    if arguments.json:
+        try:
+            require_place(arguments.json, ".json")
+        except FastVLMError as error:
+            command.error(str(error))
     check_version()
     if arguments.check or arguments.write:
         found = all_of_ours()
     else:
         stages = ours([arguments.size], [arguments.bits], [arguments.chip])
-        found = report(stages, of="fastvlm-mlx", command=" ".join(sys.argv[1:]))
+        found = report(
+            stages, of="fastvlm-mlx", command=" ".join(sys.argv[1:] if given is None else given)
+        )
         print(stage_table(stages, arguments.chip))
         for stage, chips in stages.items():
             print(f"\n{stage}\n{product_table(chips, [arguments.chip])}")

@@ -24,8 +24,8 @@ from benchmarks.graph_trace import (
     trace,
     work,
 )
-from benchmarks.two_forms import LEAST_ROUNDS, Comparison, compare, relative, verdict
-from fastvlm_mlx.backend import has_scalar_cpu
+from benchmarks.two_forms import LEAST_ROUNDS, Comparison, Result, compare, relative, verdict
+from fastvlm_mlx.backend import has_scalar_cpu, select_device
 from fastvlm_mlx.bench.synthetic import synthetic_checkpoint
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import VisionConfig
@@ -205,9 +205,79 @@ def test_a_comparison_takes_turns_and_reports_the_rounds_ratios() -> None:
     assert Counter(ran)["ours"] == Counter(ran)["other"] + 1  # one more finds how often to repeat
 
 
+# The command
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(mx.float32, [16, 4]), (mx.float16, [8])])
+def test_names_are_known_before_anything_is_loaded(
+    dtype: mx.Dtype, bits: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--only` is checked against them: one that is missing could not be asked for."""
+    monkeypatch.setattr(formulations, "PROMPT_POSITIONS", 2)  # read when a comparison is made
+    on_cpu = select_device().type == mx.DeviceType.cpu
+    made = formulations.comparisons("demo", resolution=64, dtype=dtype, bits=bits)
+    assert formulations.names(on_cpu=on_cpu, dtype=dtype, bits=bits) == [one.name for one in made]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--resolution 250", "argument --resolution: 250 is no multiple of 64 up to 4096"),
+        ("--resolution 0", "argument --resolution: '0' is no whole number above zero"),
+        ("--size 3b", "argument --size: invalid choice: '3b'"),
+        ("--bits 5", "argument --bits: invalid choice: 5"),
+        ("--rounds 0", "argument --rounds: '0' is no whole number above zero"),
+        ("--only xyz", "no comparison has 'xyz' in its name: tower: paired heads; attention: pa"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line_before_anything_is(
+    asked: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        formulations.main(asked.split())
+    found = capsys.readouterr()
+    assert refused.value.code == 2
+    assert found.err.startswith(f"python -m benchmarks.formulations: error: {said}")
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+
+
+def test_only_one_comparison_runs_where_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = "--size demo --resolution 64 --rounds 1 --dtype float32 --bits 16 --only expansion"
+    formulations.main(asked.split())
+    lines = capsys.readouterr().out.splitlines()
+    found = [one["name"] for one in json.loads(lines[-1])["comparisons"]]
+    assert found == ["expansion: grouped convolution"]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "rounds", "said"),
+    [
+        (["faster: set it", "slower: keep ours"], 5, ["form 0 is faster: set it"]),
+        (["slower: keep ours"], 5, ["nothing to change: no other form is faster here"]),
+        (["undecided: …"], 4, ["nothing decided: it takes 5 rounds or more"]),
+    ],
+)
+def test_the_conclusion_is_what_to_do(verdicts: list[str], rounds: int, said: list[str]) -> None:
+    results = [
+        Result(f"form {i}", *[1.0] * 4, rounds, *[0.0] * 5, verdict)
+        for i, verdict in enumerate(verdicts)
+    ]
+    assert list(formulations.conclusion(results, rounds)) == said
+
+
+def test_the_help_says_how_long_and_from_how_many_rounds() -> None:
+    told = " ".join(formulations.parser().format_help().split())
+    assert "It takes minutes" in told
+    assert "a decision takes 5 or more; default: 7" in told
+    assert "a multiple of 64; default: 1024" in told
+
+
 @pytest.mark.slow
 def test_the_command_runs_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = "--model demo --size 128 --rounds 1 --dtype float32 --bits 16 4"
+    asked = "--size demo --resolution 128 --rounds 1 --dtype float32 --bits 16 4"
     formulations.main(asked.split())
     lines = capsys.readouterr().out.splitlines()
     report = json.loads(lines[-1])
@@ -227,6 +297,8 @@ def test_the_command_runs_every_comparison(capsys: pytest.CaptureFixture[str]) -
     if not on_cpu:
         here = ["tower: one mx.compile around it"]
     assert names == [*paired, *FORMS, *here, "tower: low-memory mode", *decoder]
-    assert len(lines) == 1 + len(names) + 1
+    assert len(lines) == 1 + len(names) + 2
+    assert lines[-2] == "nothing decided: it takes 5 rounds or more"
+    assert (report["size"], report["resolution"]) == ("demo", 128)
     assert all(found["verdict"].startswith("undecided") for found in report["comparisons"])
     assert all(found["difference"] <= 1e-5 for found in report["comparisons"])

@@ -251,3 +251,42 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert refused.value.code == 2
     said = capsys.readouterr()
     assert "is a file: give a folder's name" in said.err and "round" not in said.out
+
+
+# The options
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("--sides 256,512", "--sides needs 3 sizes or more, to fit its terms"),
+        ("--sides 250,256,512", "argument --sides: 250 is no multiple of 64 up to 4096"),
+        ("--tokens 32,64,99999", "--tokens needs 3 sizes or more that leave room in 1024 pos"),
+        ("--contexts 240", "--contexts needs 2 sizes or more, to fit its terms"),
+        ("--tokens 8,x", "argument --tokens: 'x' is no whole number above zero"),
+        ("--rounds 0", "argument --rounds: '0' is no whole number above zero"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_one_line_before_anything_is_measured(
+    asked: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        growth.main(["--size", "demo", *asked.split()])
+    found = capsys.readouterr()
+    assert refused.value.code == 2
+    assert found.err.startswith(f"python -m benchmarks.growth: error: {said}")
+    assert found.err.count("\n") == 1
+    assert found.out == ""
+
+
+def test_the_help_says_how_many_sizes_a_fit_needs() -> None:
+    told = " ".join(growth.parser().format_help().split())
+    assert "pixels a side, multiples of 64: needs 3 sizes or more; default: 256,384" in told
+    assert "of prompts: needs 3 sizes or more; default: 32,64" in told
+    assert "positions in the KV cache: needs 2 sizes or more; default: 240,1008" in told
+
+
+def test_sizes_are_ascending_and_each_once() -> None:
+    given = growth.parser().parse_args(["--sides", "512, 256,512,128"])
+    assert given.sides == [128, 256, 512]
+    assert given.tokens == list(growth.TOKENS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -303,3 +304,32 @@ def test_a_prompt_is_one_pass_with_one_row_under_the_head(now: metal_dispatch.St
     heads = [p for p in now["prefill 0.5b 16-bit"]["m1"]["products"] if " N151936 " in p[0]]
     assert heads == [["M1 N151936 K896", "gemv", 1]]
     assert metal_stages.PROMPT_POSITIONS == 286
+
+
+# The command
+
+
+def test_the_help_keeps_each_example_on_a_line_of_its_own() -> None:
+    told = metal_dispatch.parser().format_help().splitlines()
+    assert metal_dispatch.__doc__ is not None
+    examples = [line for line in metal_dispatch.__doc__.splitlines() if "python -m" in line]
+    assert len(examples) == 4 and set(examples) <= set(told)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--chip", "m9"], "argument --chip: invalid choice: 'm9'"),
+        (["--json", "{folder}/no/a.json"], "{folder}/no/a.json cannot be written: its folder is m"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_traced(
+    asked: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        metal_dispatch.main([word.format(folder=tmp_path) for word in asked])
+    found = capsys.readouterr()
+    told = said.format(folder=tmp_path)
+    assert refused.value.code == 2
+    assert found.err.startswith(f"python -m benchmarks.metal_dispatch: error: {told}")
+    assert (found.err.count("\n"), found.out) == (1, "")
