@@ -6,20 +6,24 @@ difference mean? What reads files is left out where the file cache was not in th
 The rule: a figure is worse if its median is worse than the baseline's by more than the tolerance,
 and the noise of both says so too: the median lies beyond the baseline's p90 (of a speed: below its
 10th percentile), and nine of ten of the new runs are worse than the baseline's median. Memory has a
-tolerance of its own, since it does not vary with load.
+tolerance of its own, since it does not vary with load. A time measured fewer than three times has
+no noise to go by and is not judged; half a millisecond more is never worse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fastvlm_mlx.bench.figures import fast_tail, label_of, metric_of, shown, slow_tail, worse_by
-from fastvlm_mlx.bench.results import Report, Series
+from fastvlm_mlx.bench.results import Report, Series, Settings
 from fastvlm_mlx.errors import FastVLMError
 
 TOLERANCE = 0.1
 MEMORY_TOLERANCE = 0.05
+FEWEST_RUNS = 3
+"""Fewer measurements of a time or speed show no noise, so nothing is judged by them."""
+_LEAST_MS = 0.5  # below it lies what any scheduler does
 _ONCE = "once a process"
 # Figures that begin so depend on the file cache's state.
 _FILE_CACHE = ("load_ms", "cold_", "api_cold_")
@@ -64,18 +68,20 @@ def check(
 
     A tolerance is a share: 0.1 allows a tenth worse. `missing` names what of the baseline was not
     compared. Raises FastVLMError, one line, if the two cannot be compared: another
-    machine, model, input or prompt length, or nothing in common.
+    machine, model, input or prompt length, or no case in common.
     """
     require_comparable(report, baseline)
-    now, before = _figures(report), _figures(baseline)
-    states = (report.settings.file_cache, baseline.settings.file_cache)
-    apart = [] if states[0] == states[1] else [n for n in now if n[1].startswith(_FILE_CACHE)]
-    names = [name for name in before if name in now and name not in apart]
-    if not names:
+    if not {one.case for one in report.cases} & {one.case for one in baseline.cases}:
         raise FastVLMError(
             "this run and the baseline have no case in common: give the baseline's --resolution, "
             "--prompt, --images and --max-tokens"
         )
+    now, before = _figures(report), _figures(baseline)
+    states = (report.settings.file_cache, baseline.settings.file_cache)
+    apart = [] if states[0] == states[1] else [n for n in now if n[1].startswith(_FILE_CACHE)]
+    both = [name for name in before if name in now and name not in apart]
+    few = [name for name in both if _too_few(now[name], before[name])]
+    names = [name for name in both if name not in few]
     regressions = []
     for case, metric in names:
         mine, other = now[case, metric], before[case, metric]
@@ -86,7 +92,8 @@ def check(
             worse_by(mine.median, slow_tail(other, better), better) > 1
             and worse_by(fast_tail(mine, better), other.median, better) > 1
         )
-        if worse > 1 + allowed and beyond_noise:
+        slight = mine.unit == "ms" and mine.median - other.median < _LEAST_MS
+        if worse > 1 + allowed and beyond_noise and not slight:
             regressions.append(
                 Regression(case=case, metric=metric, now=mine, before=other, worse=worse)
             )
@@ -95,7 +102,29 @@ def check(
         for case, metric in apart
         if (case, metric) in before
     ]
+    missing += [
+        f"{case}: {label_of(metric)} (measured fewer than {FEWEST_RUNS} times, so its noise is "
+        "unknown)"
+        for case, metric in few
+    ]
     return Checked(compared=len(names), regressions=tuple(regressions), missing=tuple(missing))
+
+
+def choose(report: Report, baselines: Sequence[Report]) -> Report:
+    """Return which of a result's models is this run's: by fingerprint, or else by name.
+
+    A sweep over numbers of bits leaves several. One alone is it, whatever it is called. Raises
+    FastVLMError, one line, if there are several and none is this run's.
+    """
+    if len(baselines) == 1:
+        return baselines[0]
+    mine = report.model
+    for same in ("fingerprint", "name"):
+        for baseline in baselines:
+            if getattr(baseline.model, same) == getattr(mine, same):
+                return baseline
+    names = "; ".join(baseline.model.name for baseline in baselines)
+    raise FastVLMError(f"the baseline has several models, none of them {mine.name}: {names}")
 
 
 def require_comparable(report: Report, baseline: Report) -> None:
@@ -107,10 +136,13 @@ def require_comparable(report: Report, baseline: Report) -> None:
         ("chip", mine.chip, other.chip),
         ("number of GPU cores", mine.gpu_cores, other.gpu_cores),
         ("device", mine.device, other.device),
+        ("kind of weights", _kind(report), _kind(baseline)),
         ("number of parameters", ours.parameters, theirs.parameters),
         ("quantization", ours.quantization, theirs.quantization),
         ("form of the weights in memory", ours.held, theirs.held),
         ("compute dtype", ours.dtype, theirs.dtype),
+        ("form of the tower", _form(report.settings), _form(baseline.settings)),
+        ("model by its weights' fingerprint", ours.fingerprint, theirs.fingerprint),
     ):
         if one != two:
             raise FastVLMError(
@@ -131,6 +163,21 @@ def require_comparable(report: Report, baseline: Report) -> None:
                 f"{result.case.name}: the prompt is {result.prompt_tokens} tokens here and "
                 f"{there} in the baseline, so the work differs; measure it again with --save"
             )
+
+
+def _too_few(now: Series, before: Series) -> bool:
+    return now.unit != "bytes" and min(now.n, before.n) < FEWEST_RUNS
+
+
+def _kind(report: Report) -> str:
+    if not report.model.synthetic:
+        return "a real model's"
+    return f"random, seed {report.settings.seed}"
+
+
+def _form(settings: Settings) -> str:
+    chosen = {"--low-memory": settings.low_memory, "--paired-heads": settings.paired_heads}
+    return " ".join(option for option, given in chosen.items() if given) or "plain"
 
 
 def _word(runtime: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bench.results import Report
+from fastvlm_mlx.bench.results import NO_RESULT, Report
 from fastvlm_mlx.bench.spreadsheet import CSV_COLUMNS
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.generate.whole_file import expanded, open_regular, printed, replacing, unsaved
@@ -34,8 +34,11 @@ _STARTS = {
 }
 
 
-def read_report(path: Place) -> Report:
-    """Read what `--save` or `--json` wrote. Raises FastVLMError, one line naming the file."""
+def read_reports(path: Place) -> tuple[Report, ...]:
+    """Read what `--save` or `--json` wrote: a report, or a sweep's several, one a model.
+
+    Raises FastVLMError, one line naming the file.
+    """
     name = printed(path)
     try:
         with open_regular(expanded(path)) as file:
@@ -51,7 +54,11 @@ def read_report(path: Place) -> Report:
     except (ValueError, RecursionError) as error:
         raise FastVLMError(f"{name} is no result of `fastvlm bench --save`: no JSON") from error
     try:
-        return Report.from_json(values)
+        first = Report.from_json(values)
+        more = values.get("more", [])
+        if not isinstance(more, list):
+            raise FastVLMError(NO_RESULT)
+        return (first, *map(Report.from_json, more))
     except FastVLMError as error:
         raise FastVLMError(f"{name}: {error}") from error
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from fastvlm_mlx.errors import FastVLMError
 
 SCHEMA = 1
+NO_RESULT = "this is no result of `fastvlm bench --save`"
 
 Unit = Literal["ms", "tokens/s", "bytes"]
 Better = Literal["lower", "higher"]
@@ -208,12 +209,17 @@ class ModelCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How it was measured: `runs` counted after `warm_up_runs` left out; the file cache's state."""
+    """How it was measured: `runs` counted after `warm_up_runs` left out; the file cache's state.
+
+    `low_memory` and `paired_heads` are the tower's forms, as `fastvlm_mlx.load` has them.
+    """
 
     runs: int
     warm_up_runs: int
     seed: int
     file_cache: Literal["warm", "cold", "unknown"]
+    low_memory: bool = False
+    paired_heads: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
     """Every picture and prompt used, by name: blake2b of its bytes."""
 
@@ -266,8 +272,7 @@ class Report:
                 cases=tuple(_case(result) for result in values["cases"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise FastVLMError(f"this is no result of `fastvlm bench --json` ({why})") from error
+            raise FastVLMError(NO_RESULT) from error
 
 
 def _case_json(result: CaseResult) -> dict[str, Any]:

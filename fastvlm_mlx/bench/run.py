@@ -39,10 +39,12 @@ def describe(
     file_cache: Literal["warm", "cold", "unknown"] = "unknown",
     command: str = "",
     photo: bool = False,
+    paired_heads: bool = False,
 ) -> Report:
     """Return a report of what is about to be measured, without cases yet.
 
-    `quantization` is `ModelCard`'s. Reads all weights once, for their fingerprint.
+    `quantization` is `ModelCard`'s, `paired_heads` what the engine was loaded with.
+    Reads all weights once, for their fingerprint.
     """
     with input_files(photo=photo) as files:
         inputs = files.digests(cases)
@@ -62,7 +64,13 @@ def describe(
             unpacked=engine.config.quant is not None and not _holds_packed(engine),
         ),
         settings=Settings(
-            runs=runs, warm_up_runs=warm_up_runs, seed=seed, file_cache=file_cache, inputs=inputs
+            runs=runs,
+            warm_up_runs=warm_up_runs,
+            seed=seed,
+            file_cache=file_cache,
+            low_memory=engine.pipeline.model.vision.low_memory,
+            paired_heads=paired_heads,
+            inputs=inputs,
         ),
         cases=(),
     )

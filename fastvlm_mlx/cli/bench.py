@@ -41,14 +41,14 @@ def command(context: click.Context, **given: Any) -> int:
     require_sense(context)
     _require_places(given)
     console: Console = context.obj
-    from fastvlm_mlx.bench.files import read_report
+    from fastvlm_mlx.bench.files import read_reports
     from fastvlm_mlx.cli.bench_runs import measure
     from fastvlm_mlx.cli.bench_weights import Wanted
 
-    baseline = None if given["check"] is None else read_report(given["check"])
-    earlier = None
+    baseline = () if given["check"] is None else read_reports(given["check"])
+    earlier: tuple[Report, ...] = ()
     if given["compare"] not in (None, MLX_VLM):
-        earlier = read_report(given["compare"])
+        earlier = read_reports(given["compare"])
     measured = measure(
         Wanted(console, given, context.meta[TYPED], baseline=baseline, earlier=earlier)
     )
@@ -58,7 +58,7 @@ def command(context: click.Context, **given: Any) -> int:
         click.echo(json.dumps(measured.to_json(), allow_nan=False))
     else:
         _print(measured)
-    return 0 if baseline is None else _checked(console, measured.ours[0], baseline, given)
+    return 0 if not baseline else _checked(console, measured.ours[0], baseline, given)
 
 
 def _require_places(given: dict[str, Any]) -> None:
@@ -113,12 +113,14 @@ def _print(measured: Measured) -> None:
     click.echo("\n\n".join(part for part in parts if part))
 
 
-def _checked(console: Console, report: Report, baseline: Report, given: dict[str, Any]) -> int:
+def _checked(
+    console: Console, report: Report, baseline: tuple[Report, ...], given: dict[str, Any]
+) -> int:
     """Say what got worse, a line each, and return the exit code."""
-    from fastvlm_mlx.bench.baseline import TOLERANCE, check
+    from fastvlm_mlx.bench.baseline import TOLERANCE, check, choose
 
     tolerance = TOLERANCE if given["tolerance"] is None else given["tolerance"]
-    found = check(report, baseline, tolerance=tolerance)
+    found = check(report, choose(report, baseline), tolerance=tolerance)
     for name in found.missing:
         console.line(f"fastvlm: not checked: {name}")
     for regression in found.regressions:

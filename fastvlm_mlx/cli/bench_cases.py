@@ -65,9 +65,9 @@ def fitting(
     return tuple(found)
 
 
-def require_common(cases: tuple[Case, ...], earlier: Report | None) -> None:
-    """Refuse a comparison that would end empty, before it is measured."""
-    there = [result.case for result in earlier.cases] if earlier is not None else []
-    if earlier is not None and not set(there) & set(cases):
+def require_common(cases: tuple[Case, ...], saved: tuple[Report, ...]) -> None:
+    """Refuse a comparison with a saved result that would end empty, before it is measured."""
+    there = dict.fromkeys(result.case for report in saved for result in report.cases)
+    if saved and not set(there) & set(cases):
         names = "; ".join(case.name for case in there) or "none"
         raise FastVLMError(f"no case of this run is in the result to compare with: it has {names}")

@@ -130,7 +130,7 @@ def _nonsense(context: click.Context) -> Iterator[str]:
     elif chosen or given["vision_from"] is not None:
         yield f"--size makes weights itself: leave out {'--model' if chosen else '--vision-from'}"
     if given["sweep"] == "quantization":
-        for other in ("bits", "check", "compare", "csv"):
+        for other in ("bits", "check", "compare"):
             if given[other] is not None:
                 yield f"--sweep quantization measures several models: leave out --{other}"
     if given["cold_files"]:
@@ -153,6 +153,11 @@ def _nonsense(context: click.Context) -> Iterator[str]:
         yield f"--peer-python needs --compare {MLX_VLM}"
     if given["tolerance"] is not None and given["check"] is None:
         yield "--tolerance needs --check"
+    if given["check"] is not None:
+        from fastvlm_mlx.bench.baseline import FEWEST_RUNS
+
+        if given["runs"] < FEWEST_RUNS:
+            yield f"--check needs --runs {FEWEST_RUNS} or more: fewer show no noise"
 
 
 def _no_cold_files(given: dict[str, Any]) -> Iterator[str]:

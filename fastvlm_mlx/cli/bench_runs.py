@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from fastvlm_mlx.bench import run
-from fastvlm_mlx.bench.baseline import require_comparable
+from fastvlm_mlx.bench.baseline import choose, require_comparable
 from fastvlm_mlx.bench.compare import (
     Comparison,
     compare,
@@ -85,9 +85,9 @@ def measure(wanted: Wanted) -> Measured:
     if given["sweep"] == "quantization":
         return Measured(tuple(_every_packing(wanted)))
     ours = _alone(wanted)
-    if wanted.earlier is None:
+    if not wanted.earlier:
         return Measured((ours,))
-    return Measured((ours,), compare_with_earlier(ours, wanted.earlier))
+    return Measured((ours,), compare_with_earlier(ours, choose(ours, wanted.earlier)))
 
 
 def _every_packing(wanted: Wanted) -> Iterator[Report]:
@@ -105,7 +105,8 @@ def _alone(wanted: Wanted) -> Report:
     """Measure our engine in this process; cold starts before anything is loaded in it."""
     given, console = wanted.given, wanted.console
     cases = make_cases(given, config_of(wanted))
-    require_common(cases, wanted.earlier)
+    for result in (wanted.earlier, wanted.baseline):
+        require_common(cases, result)
     cold = start_cold(wanted, cases[0])
     engine, about, once = loaded(wanted)
     processor, say = engine.pipeline.processor, callbacks(console)["say"]
@@ -123,12 +124,13 @@ def _alone(wanted: Wanted) -> Report:
         seed=given["seed"],
         command=wanted.typed,
         photo=given["photo"],
+        paired_heads=given["paired_heads"],
         **about,
     )
-    if wanted.baseline is not None:
-        require_comparable(report, wanted.baseline)
-    if wanted.earlier is not None:
-        require_same_work(report, wanted.earlier)
+    if wanted.baseline:
+        require_comparable(report, choose(report, wanted.baseline))
+    if wanted.earlier:
+        require_same_work(report, choose(report, wanted.earlier))
     console.start("Warming up")
     once["warm_up_ms"] = Series("ms", (engine.warm_up(),))
     console.start("Measuring")

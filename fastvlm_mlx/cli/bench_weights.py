@@ -26,13 +26,13 @@ from fastvlm_mlx.engine import Engine
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A command line: its options, as typed too, and the results it names."""
+    """A command line: its options, as typed too, and the results it names, a report a model."""
 
     console: Console
     given: dict[str, Any]
     typed: str
-    baseline: Report | None = None
-    earlier: Report | None = None
+    baseline: tuple[Report, ...] = ()
+    earlier: tuple[Report, ...] = ()
 
     def with_(self, **changed: Any) -> Wanted:
         """Return the same with some options changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from fastvlm_mlx.bench.results import (
     METRICS,
@@ -84,6 +85,7 @@ def made_report(
     once: Mapping[str, Series] | None = None,
     machine: MachineCard | None = None,
     file_cache: str = "warm",
+    settings: Mapping[str, object] | None = None,
     **model: object,
 ) -> Report:
     card: dict[str, object] = {
@@ -101,12 +103,17 @@ def made_report(
         command="fastvlm bench --size 0.5b",
         machine=machine or made_machine(),
         model=ModelCard(**(card | model)),  # type: ignore[arg-type]
-        settings=Settings(
-            runs=10,
-            warm_up_runs=2,
-            seed=0,
-            file_cache=file_cache,  # type: ignore[arg-type]
-            inputs=dict(inputs or {"picture 512": "a1b2c3d4" * 8, "short prompt": "99887766" * 8}),
+        settings=replace(
+            Settings(
+                runs=10,
+                warm_up_runs=2,
+                seed=0,
+                file_cache=file_cache,  # type: ignore[arg-type]
+                inputs=dict(
+                    inputs or {"picture 512": "a1b2c3d4" * 8, "short prompt": "99887766" * 8}
+                ),
+            ),
+            **(settings or {}),  # type: ignore[arg-type]
         ),
         cases=cases or (made_case(),),
         once=dict(once or {}),

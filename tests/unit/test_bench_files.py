@@ -26,8 +26,14 @@ def refusal(call: object, *arguments: object) -> str:
 def test_a_saved_report_is_read_back_equal(tmp_path: Path) -> None:
     report, path = made_report(made_case(256), made_case(512)), tmp_path / "result.json"
     files.write_json(path, report.to_json())
-    assert files.read_report(path) == report
+    assert files.read_reports(path) == (report,)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_sweeps_result_is_read_back_as_a_report_a_model(tmp_path: Path) -> None:
+    one, two, path = made_report(), made_report(quantization="8"), tmp_path / "result.json"
+    files.write_json(path, one.to_json() | {"more": [two.to_json()]})
+    assert files.read_reports(path) == (one, two)
 
 
 def test_a_result_may_be_read_by_others_as_any_file(tmp_path: Path) -> None:
@@ -116,17 +122,20 @@ def test_trying_a_place_leaves_nothing_there(tmp_path: Path) -> None:
         (json.dumps({"schema": 99}), "schema 99"),
         (json.dumps(made_report().to_json() | {"cases": [{}]}), "no result"),
         (json.dumps(made_report().to_json() | {"machine": {"chip": "x"}}), "no result"),
+        (json.dumps(made_report().to_json() | {"more": 1}), "no result"),
+        (json.dumps(made_report().to_json() | {"more": [{}]}), "no result"),
     ],
 )
 def test_what_is_no_result_is_refused_by_name(tmp_path: Path, content: str, what: str) -> None:
     path = tmp_path / "some.json"
     path.write_text(content)
-    message = refusal(files.read_report, path)
+    message = refusal(files.read_reports, path)
     assert "some.json" in message and what in message
+    assert "Error" not in message, "Python's own words tell a user nothing"
 
 
 def test_a_missing_file_a_folder_and_a_pipe_are_no_results(tmp_path: Path) -> None:
-    assert "no such file" in refusal(files.read_report, tmp_path / "none.json")
-    assert "cannot be read" in refusal(files.read_report, tmp_path)
+    assert "no such file" in refusal(files.read_reports, tmp_path / "none.json")
+    assert "cannot be read" in refusal(files.read_reports, tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    assert "cannot be read" in refusal(files.read_report, tmp_path / "pipe")
+    assert "cannot be read" in refusal(files.read_reports, tmp_path / "pipe")
