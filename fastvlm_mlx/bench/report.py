@@ -95,7 +95,9 @@ def heading(report: Report) -> Iterator[str]:
             ""
             if model.synthetic and settings.file_cache == "unknown"
             else f"file cache {settings.file_cache}",
-            f"seed {settings.seed}",
+            f"seed {settings.seed}" if model.synthetic else "",
+            "tower in low memory" if settings.low_memory else "",
+            "heads paired" if settings.paired_heads else "",
         ],
     )
     digests = [f"{name} {value[:_DIGEST]}" for name, value in settings.inputs.items()]

@@ -57,9 +57,10 @@ _OPTIONS = (
     option("Model", "--size", type=click.Choice(SIZES),
            help="Instead of --model: random weights of this size, made in memory."),
     option("Model", "--bits", type=click.Choice(["16", "8", "4"]),
-           help="With --size: bits a decoder weight.  [default: 16]"),
-    option("Model", "--seed", type=int, default=0, show_default=True,
-           help="With --size: which random weights."),
+           help="With --size: bits a decoder weight; a CPU unpacks them without --keep-quantized.  "
+           "[default: 16]"),
+    option("Model", "--seed", type=int,
+           help="With --size: which random weights.  [default: 0]"),
     option("Work", "--resolution", type=Several(Resolution(), "pixels"), metavar="PIXELS,…",
            help="Sides of the pictures, multiples of 64.  [default: the model's]"),
     option("Work", "--prompt", type=Several(Prompt(), "prompts"), metavar="NAME,…",
@@ -71,7 +72,8 @@ _OPTIONS = (
     option("Work", "--photo", is_flag=True,
            help="Give every picture as a 12-megapixel JPEG, as a phone takes it."),
     option("Work", "--sweep", type=click.Choice(SWEEPS),
-           help="Vary this over a wide range, or over the values given; the bits need --size."),
+           help="Vary this over a wide range, or over the values given; quantization needs --size "
+           "and stays packed."),
     option("Runs", "--runs", type=click.IntRange(min=1), metavar="N", default=10,
            show_default=True, help="How often each case is measured."),
     option("Runs", "--warm-up", type=click.IntRange(min=0), metavar="N", default=2,
@@ -125,6 +127,8 @@ def _nonsense(context: click.Context) -> Iterator[str]:
     if given["size"] is None:
         if given["bits"] is not None:
             yield "--bits needs --size: a model's own bits are in its files"
+        if given["seed"] is not None:
+            yield "--seed needs --size: a model's weights are not random"
         if given["sweep"] == "quantization":
             yield "--sweep quantization needs --size: it makes the weights itself"
     elif chosen or given["vision_from"] is not None:
@@ -149,6 +153,8 @@ def _nonsense(context: click.Context) -> Iterator[str]:
             )
     if given["compare"] == "":
         yield "--compare needs mlx-vlm or a saved result"
+    if given["compare"] == MLX_VLM.replace("-", "_") and not Path(given["compare"]).exists():
+        yield f"--compare {given['compare']}: no such file; did you mean {MLX_VLM}?"
     if given["peer_python"] is not None and given["compare"] != MLX_VLM:
         yield f"--peer-python needs --compare {MLX_VLM}"
     if given["tolerance"] is not None and given["check"] is None:

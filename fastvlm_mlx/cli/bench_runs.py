@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from fastvlm_mlx.backend import select_device
 from fastvlm_mlx.bench import run
 from fastvlm_mlx.bench.baseline import choose, require_comparable
 from fastvlm_mlx.bench.compare import (
@@ -33,6 +34,7 @@ from fastvlm_mlx.cli.bench_weights import (
     callbacks,
     config_of,
     loaded,
+    seed_of,
     start_cold,
     subject_of,
 )
@@ -43,6 +45,10 @@ from fastvlm_mlx.prompt.processor import Processor
 DEMO_NOTICE = (
     "fastvlm: measuring the demo model, which is tiny; for real sizes: --size 0.5b, or "
     "--model apple/FastVLM-0.5B"
+)
+PACKED_NOTICE = (
+    "fastvlm: this sweep keeps 8 and 4 bits packed; --bits alone unpacks them on a CPU, unless "
+    "--keep-quantized"
 )
 
 
@@ -95,6 +101,8 @@ def _every_packing(wanted: Wanted) -> Iterator[Report]:
 
     Unpacked, as a CPU has them by default, all would be the same model.
     """
+    if select_device(wanted.given["device"]).type == mx.DeviceType.cpu:
+        wanted.console.line(PACKED_NOTICE)
     for bits in BITS:
         yield _alone(wanted.with_(bits=str(bits), keep_quantized=True))
         gc.collect()
@@ -121,7 +129,7 @@ def _alone(wanted: Wanted) -> Report:
         cases,
         runs=given["runs"],
         warm_up_runs=given["warm_up"],
-        seed=given["seed"],
+        seed=seed_of(wanted),
         command=wanted.typed,
         photo=given["photo"],
         paired_heads=given["paired_heads"],

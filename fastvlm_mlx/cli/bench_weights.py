@@ -43,7 +43,7 @@ def config_of(wanted: Wanted) -> ModelConfig:
     """Return the model's sizes before it is loaded."""
     given = wanted.given
     if given["size"] is not None:
-        return synthetic_checkpoint(given["size"], _bits(given), seed=given["seed"]).config
+        return synthetic_checkpoint(given["size"], _bits(given), seed=seed_of(wanted)).config
     return _stored(wanted).config
 
 
@@ -61,8 +61,9 @@ def subject_of(wanted: Wanted) -> Iterator[Subject]:
         yield _stored(wanted)
         return
     wanted.console.start("Writing random weights")
-    chosen = {name: given[name] for name in ("seed", "dtype", "device")}
-    with synthetic_subject(given["size"], _bits(given), **chosen) as subject:
+    chosen = {name: given[name] for name in ("dtype", "device")}
+    seed = seed_of(wanted)
+    with synthetic_subject(given["size"], _bits(given), seed=seed, **chosen) as subject:
         yield subject
 
 
@@ -95,9 +96,10 @@ def loaded(wanted: Wanted) -> tuple[Engine, dict[str, Any], dict[str, Series]]:
         bits = _bits(given)
         names = (
             *("device", "dtype", "keep_quantized", "memory_limit"),
-            *("low_memory", "paired_heads", "seed"),
+            *("low_memory", "paired_heads"),
         )
-        engine = synthetic_engine(given["size"], bits, **{name: given[name] for name in names})
+        chosen = {name: given[name] for name in names}
+        engine = synthetic_engine(given["size"], bits, seed=seed_of(wanted), **chosen)
         return engine, {"synthetic": True, "quantization": str(bits)}, {}
     subject = _stored(wanted)
     if given["cold_files"]:
@@ -108,6 +110,11 @@ def loaded(wanted: Wanted) -> tuple[Engine, dict[str, Any], dict[str, Series]]:
     load_ms = (time.perf_counter() - since) * 1000
     about = {"synthetic": False, "quantization": subject.quantization, "file_cache": state}
     return engine, about, {"load_ms": Series("ms", (load_ms,))}
+
+
+def seed_of(wanted: Wanted) -> int:
+    """Return which random weights are made; 0 where none are."""
+    return wanted.given["seed"] or 0
 
 
 def _bits(given: dict[str, Any]) -> int:

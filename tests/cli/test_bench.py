@@ -191,6 +191,7 @@ def test_a_sweep_of_bits_measures_a_model_each(run: Run, tmp_path: Path) -> None
     assert [report.model.quantization for report in reports] == ["16", "8", "4"]
     sizes = [report.model.weight_bytes for report in reports]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3, "kept packed"
+    assert ("keeps 8 and 4 bits packed" in ran.err) == (reports[0].machine.device == "cpu")
     rows = list(csv.DictReader(io.StringIO((tmp_path / "all.csv").read_text())))
     assert [row["quantization"] for row in rows if row["metric"] == "ttft_ms"] == ["16", "8", "4"]
 
@@ -293,6 +294,8 @@ def test_of_a_sweeps_result_the_matching_model_is_the_baseline(
         (("--size", "3b"), "'3b' is not one of"),
         (("--size", "demo", "--bits", "5"), "'5' is not one of"),
         (("--bits", "4"), "--bits needs --size"),
+        (("--seed", "0"), "--seed needs --size"),
+        (("--compare", "mlx_vlm"), "did you mean mlx-vlm?"),
         (("--size", "demo", "--model", "demo"), "leave out --model"),
         (("--size", "demo", "--vision-from", "x"), "leave out --vision-from"),
         (("--sweep", "quantization"), "needs --size"),

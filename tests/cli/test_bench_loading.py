@@ -81,6 +81,8 @@ def test_a_cold_start_loads_the_model_as_the_run_does(
         "--dtype", "float32",
     )  # fmt: skip
     assert ran.code == 0, ran.err
+    settings = Report.from_json(json.loads(ran.out)).settings
+    assert settings.low_memory and settings.paired_heads
     (words,) = started
     assert {"--low-memory", "--paired-heads", "--keep-quantized"} < set(words)
     pairs = dict(pairwise(words))

@@ -33,6 +33,14 @@ def test_the_table_names_machine_model_runs_and_every_figure() -> None:
         assert METRICS[name].label in text
 
 
+def test_the_head_says_which_form_the_tower_has_and_a_seed_of_random_weights_alone() -> None:
+    (runs,) = lines_of(table(made_report()), "runs")
+    assert runs.endswith(", file cache warm, seed 0")
+    forms = {"low_memory": True, "paired_heads": True}
+    text = table(made_report(settings=forms, synthetic=False))
+    assert "tower in low memory, heads paired" in " ".join(text.split()) and "seed" not in text
+
+
 def test_no_line_is_wider_than_a_terminal() -> None:
     limits = dict.fromkeys((*STAGES, "decode_tps"), VISION_LIMIT)
     cases = [made_case(px, images=3, limits=limits, factor=px / 4) for px in (256, 1536)]
