@@ -78,16 +78,27 @@ def require_place(path: Place, suffix: str) -> None:
         raise _unwritable(path, error) from error
 
 
-def require_folder(path: Place) -> None:
-    """Make a folder if it is not there, and try it. Raises FastVLMError, one line."""
+def require_folder(path: Place) -> bool:
+    """Make a folder if it is not there, and try it; return whether it was made.
+
+    Raises FastVLMError, one line.
+    """
     folder = expanded(path)
     try:
+        made = not folder.is_dir()
         folder.mkdir(exist_ok=True)
         _try_writing(folder)
+        return made
     except FileExistsError as error:
         raise FastVLMError(f"{printed(path)} is a file: give a folder's name") from error
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def remove_if_empty(path: Place) -> None:
+    """Remove a folder that nothing was written to; any other stays."""
+    with contextlib.suppress(OSError):
+        expanded(path).rmdir()
 
 
 def _require_own(place: Path, path: Place, suffix: str) -> None:
@@ -116,6 +127,8 @@ def _try_writing(folder: Path) -> None:
 
 def _unwritable(path: Place, error: OSError) -> FastVLMError:
     reason = str(unsaved(path, error)).removeprefix(f"{printed(path)} was not saved: ")
+    if error.errno == errno.ENOENT and expanded(path).parent.is_dir():
+        reason = "this place takes no files: choose another one"  # as /proc
     return FastVLMError(f"{printed(path)} cannot be written: {reason}")
 
 

@@ -39,7 +39,18 @@ def command(context: click.Context, **given: Any) -> int:
     stands the least time it could take on this machine. Let nothing else run meanwhile.
     """
     require_sense(context)
-    _require_places(given)
+    made = _require_places(given)
+    try:
+        return _run(context, given)
+    finally:
+        if made:
+            from fastvlm_mlx.bench.files import remove_if_empty
+
+            remove_if_empty(given["plots"])
+
+
+def _run(context: click.Context, given: dict[str, Any]) -> int:
+    """Measure, write and print; return the exit code."""
     console: Console = context.obj
     from fastvlm_mlx.bench.files import read_reports
     from fastvlm_mlx.cli.bench_runs import measure
@@ -61,19 +72,23 @@ def command(context: click.Context, **given: Any) -> int:
     return 0 if not baseline else _checked(console, measured.ours[0], baseline, given)
 
 
-def _require_places(given: dict[str, Any]) -> None:
-    """Find out now, not after ten minutes of measuring, what cannot be written."""
+def _require_places(given: dict[str, Any]) -> bool:
+    """Find out now, not after ten minutes of measuring, what cannot be written.
+
+    Returns whether the folder for plots was made.
+    """
     from fastvlm_mlx.bench import files
 
     if given["save"] is not None:
         files.require_place(given["save"], ".json")
     if given["csv"] is not None:
         files.require_place(given["csv"], ".csv")
-    if given["plots"] is not None:
-        from fastvlm_mlx.bench.plots import require_matplotlib
+    if given["plots"] is None:
+        return False
+    from fastvlm_mlx.bench.plots import require_matplotlib
 
-        require_matplotlib()
-        files.require_folder(given["plots"])
+    require_matplotlib()
+    return files.require_folder(given["plots"])
 
 
 def _write(measured: Measured, given: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ Knows options and the model's sizes; measures nothing.
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 from typing import Any
 
 from fastvlm_mlx.bench import sweeps
 from fastvlm_mlx.bench.harness import Say, require_room
 from fastvlm_mlx.bench.results import Case, Report
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import ModelConfig, VisionConfig
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.prompt.processor import Processor
 
@@ -63,6 +64,16 @@ def fitting(
     if not found:
         raise FastVLMError("no case of the sweep fits this model: give a smaller --resolution")
     return tuple(found)
+
+
+def require_their_tower(config: ModelConfig) -> None:
+    """Refuse a model whose tower mlx-vlm cannot load: it knows the sizes of Apple's alone."""
+    apple = dataclasses.replace(VisionConfig(), image_size=config.vision.image_size)
+    if config.vision != apple:
+        raise FastVLMError(
+            "mlx-vlm takes only towers of Apple's size: compare with --size 0.5b, or a model of "
+            "Apple's"
+        )
 
 
 def require_common(cases: tuple[Case, ...], saved: tuple[Report, ...]) -> None:

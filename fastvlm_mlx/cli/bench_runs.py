@@ -27,7 +27,7 @@ from fastvlm_mlx.bench.peer_runtime import OURS, mlx_vlm
 from fastvlm_mlx.bench.results import Report, Series
 from fastvlm_mlx.bench.synthetic import BITS
 from fastvlm_mlx.bench.turns import Plan
-from fastvlm_mlx.cli.bench_cases import fitting, make_cases, require_common
+from fastvlm_mlx.cli.bench_cases import fitting, make_cases, require_common, require_their_tower
 from fastvlm_mlx.cli.bench_options import MLX_VLM
 from fastvlm_mlx.cli.bench_weights import (
     Wanted,
@@ -154,6 +154,7 @@ def _beside_mlx_vlm(wanted: Wanted) -> Measured:
     """
     given, console = wanted.given, wanted.console
     contenders = (OURS, mlx_vlm(given["peer_python"]))
+    require_their_tower(config_of(wanted))
     with subject_of(wanted) as subject:
         processor = Processor.from_folder(
             subject.weights.folder,

@@ -364,6 +364,7 @@ def test_a_made_up_report_of_another_model_is_no_baseline(run: Run, tmp_path: Pa
 def test_ctrl_c_ends_with_130_and_leaves_no_file(tmp_path: Path) -> None:
     process = spawn(
         "-v", "bench", "--model", "demo", "--runs", 100_000, "--save", tmp_path / "a.json",
+        "--plots", tmp_path / "plots",
         stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None

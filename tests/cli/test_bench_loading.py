@@ -18,6 +18,7 @@ from fastvlm_mlx.bench.results import STAGES, Report
 from fastvlm_mlx.bench.run import describe
 from fastvlm_mlx.bench.sweeps import PROMPT_WORDS
 from fastvlm_mlx.bench.synthetic import synthetic_engine
+from fastvlm_mlx.config import PRESETS
 from fastvlm_mlx.convert.app import export_app
 from fastvlm_mlx.errors import FastVLMError
 from tests.cli.command import Run
@@ -139,6 +140,7 @@ def beside(
 
     peer = scripted(folder, "mlx-vlm", **({"ids": [1, 2, 3, 4]} | script))
     monkeypatch.setattr(bench_runs, "mlx_vlm", lambda _: peer)
+    monkeypatch.setattr(bench_runs, "require_their_tower", lambda _: None)  # it takes any
     ran = run("bench", "--size", "demo", "--compare", "mlx-vlm", *QUICK, *words, "--json")
     assert ran.code == 0, ran.err
     return json.loads(ran.out), ran.err
@@ -180,9 +182,25 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anybody_is_started(
 
     peer = scripted(tmp_path, "mlx-vlm")
     monkeypatch.setattr(bench_runs, "mlx_vlm", lambda _: peer)
+    monkeypatch.setattr(bench_runs, "require_their_tower", lambda _: None)  # it takes any
     ran = run("bench", "--model", "demo", "--compare", "mlx-vlm", "--prompt", "short,100000 words")
     assert "do not fit this model's context" in ran.refused()
     assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("options", [("--size", "demo"), ("--model", "demo")])
+def test_a_tower_of_another_size_than_apples_is_refused_before_anybody_is_started(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    from fastvlm_mlx.cli import bench_runs
+
+    peer = scripted(tmp_path, "mlx-vlm")
+    monkeypatch.setattr(bench_runs, "mlx_vlm", lambda _: peer)
+    ran = run("bench", *options, "--compare", "mlx-vlm")
+    assert "mlx-vlm takes only towers of Apple's size" in ran.refused()
+    assert not (tmp_path / "log").exists()
+    for config in PRESETS.values():
+        bench_runs.require_their_tower(config)
 
 
 @pytest.mark.slow

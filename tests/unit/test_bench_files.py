@@ -86,6 +86,23 @@ def test_a_folder_without_permission_is_refused_beforehand(tmp_path: Path) -> No
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder of Linux that takes no files")
+def test_a_folder_that_takes_no_files_is_not_called_missing() -> None:
+    message = refusal(files.require_place, "/proc/x.csv", ".csv")
+    assert message.startswith("/proc/x.csv cannot be written: ") and "missing" not in message
+
+
+def test_only_an_empty_folder_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "plots"
+    assert files.require_folder(folder) and not files.require_folder(folder)
+    (folder / "mine").touch()
+    files.remove_if_empty(folder)
+    assert folder.is_dir()
+    (folder / "mine").unlink()
+    files.remove_if_empty(folder)
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("suffix", [".json", ".csv"])
 def test_only_results_and_empty_files_are_replaced(tmp_path: Path, suffix: str) -> None:
     photo = tmp_path / f"photo{suffix}"
