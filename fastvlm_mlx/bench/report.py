@@ -128,12 +128,19 @@ def _count(count: int | None, noun: str) -> str:
     return "" if count is None else f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-_FIGURES = f"{'':<26}{'median':>11}{'p90':>16}{'n':>4}   first → last third"
+_FIGURES = f"{'':<26}{'median':>11}{'p90':>16}{'n':>4}"
+_THIRDS = "   first → last third"
+
+
+def _titles(series: dict[str, Series]) -> str:
+    """The head of a block of figures; drifts have a column where a figure has one."""
+    known = any(drift(one, metric_of(name, one).better) is not None for name, one in series.items())
+    return _FIGURES + (_THIRDS if known else "")
 
 
 def _once(report: Report) -> Iterator[str]:
     """Yield what is measured once a process: loading, warm-up, cold start and its parts."""
-    yield _FIGURES.replace(" " * 14, "once a process", 1)
+    yield _titles(report.once).replace(" " * 14, "once a process", 1)
     for name in ordered(report.once):
         series = report.once[name]
         part = name.startswith(COLD) and name not in METRICS
@@ -163,7 +170,7 @@ def _case(result: CaseResult) -> Iterator[str]:
     series = result.series
     names = [name for name in ordered(series) if name not in STAGES]
     if names:
-        yield _FIGURES
+        yield _titles({name: series[name] for name in names})
         yield from (_figure(name, series[name]) for name in names)
     if any(name in series for name in STAGES):
         yield from _stages(result)
@@ -182,7 +189,7 @@ def _stages(result: CaseResult) -> Iterator[str]:
     series, limits = result.series, result.limits
     stages = [name for name in STAGES if name in series]
     whole = sum(series[name].median for name in stages)
-    beside = f"{'work':>10}{'moved':>9}{'limit':>10}  reached" if limits else ""
+    beside = f"{'work':>11}{'moved':>9}{'limit':>9}  reached" if limits else ""
     yield f"  {'stages, waited for':<18}{'median':>9}{'share':>6}{beside}"
     for name in stages:
         median = series[name].median
@@ -203,10 +210,10 @@ def _stage(label: str, median_ms: float, share: str, limit: Limit | None) -> str
     line = f"  {label:<16}{shown(median_ms, 'ms'):>11}{share:>6}"
     if limit is None:
         return line.rstrip()
-    line += f"{_work(limit.flops):>10}{readable_bytes(round(limit.bytes)):>9}"
+    line += f"{_work(limit.flops):>11}{readable_bytes(round(limit.bytes)):>9}"
     if limit.limit_ms is None:
         return line
-    line += f"{shown(limit.limit_ms, 'ms'):>10}"
+    line += f"{shown(limit.limit_ms, 'ms'):>9}"
     if not median_ms:
         return line
     reached = limit.limit_ms / median_ms
@@ -217,7 +224,7 @@ def _stage(label: str, median_ms: float, share: str, limit: Limit | None) -> str
 
 def _work(flops: float) -> str:
     """Operations in billions, or in millions where few."""
-    return f"{number(flops / 1e9)} GF" if flops >= 1e8 else f"{number(flops / 1e6)} MF"
+    return f"{number(flops / 1e9)} GFLOP" if flops >= 1e8 else f"{number(flops / 1e6)} MFLOP"
 
 
 _OVERVIEW = ("ttft_ms", "vision_ms", "prefill_ms", "decode_tps", "peak_bytes")

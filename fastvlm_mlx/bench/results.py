@@ -57,14 +57,15 @@ METRICS: dict[str, Metric] = {
     "second_turn_ttft_ms": Metric("second turn TTFT", "ms"),
     "peak_bytes": Metric("peak memory", "bytes"),
     "load_ms": Metric("load", "ms"),
-    "warm_up_ms": Metric("warm-up", "ms"),
+    "warm_up_ms": Metric("warm-up, model's size", "ms"),
     "cold_ttft_ms": Metric("cold TTFT", "ms"),
     "resident_bytes": Metric("resident memory", "bytes"),
     "active_bytes": Metric("MLX memory after loading", "bytes"),
 }
 """Figures by name. TTFT: from the call with a path to the first token id on the host, model loaded
 and warm, unfenced. As the paper counts: vision + projector + prefill + first token of a profiled
-call (arXiv 2412.13303, section 4). Cold TTFT: from process start."""
+call (arXiv 2412.13303, section 4). Cold TTFT: from process start. Warm-up: `Engine.warm_up`, an
+answer about a picture of the model's own size, whatever the cases' resolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ class Case:
     def name(self) -> str:
         """What people call it; equal for equal cases."""
         many = f"{self.images} image{'' if self.images == 1 else 's'}"
-        return f"{self.resolution} px, {many}, {self.prompt} prompt, {self.max_tokens} tokens"
+        length = f"{self.max_tokens} token{'' if self.max_tokens == 1 else 's'}"
+        return f"{self.resolution} px, {many}, {self.prompt} prompt, {length}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

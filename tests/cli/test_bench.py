@@ -158,7 +158,7 @@ def test_no_worse_than_the_baseline_is_success(run: Run, whole: Whole, tmp_path:
     name = "128 px, 1 image, short prompt, 4 tokens"
     assert lines[0] == f"fastvlm: not checked: {name} (not measured now)"
     few = "(measured fewer than 3 times, so its noise is unknown)"
-    assert f"fastvlm: not checked: once a process: warm-up {few}" in lines
+    assert f"fastvlm: not checked: once a process: warm-up, model's size {few}" in lines
     assert "no worse than the baseline" in lines[-1]
 
 

@@ -66,12 +66,17 @@ def test_a_stage_stands_beside_its_limit_and_whose_peak_that_is() -> None:
     case = made_case(runs=1, limits={"vision_ms": VISION_LIMIT})
     text = table(made_report(case))
     (vision,) = lines_of(text, "vision")
-    assert " ".join(vision.split()) == "vision 60.0 ms 60% 120 GF 400 MB 30.0 ms 50% of compute"
+    assert " ".join(vision.split()) == "vision 60.0 ms 60% 120 GFLOP 400 MB 30.0 ms 50% of compute"
     (prefill,) = lines_of(text, "prefill")
     assert prefill.split() == ["prefill", "30.0", "ms", "30%"]
     (together,) = lines_of(text, "together")
     assert together.split()[1] == f"{sum(STAGE_MS.values()):.0f}"
     assert len(lines_of(text, "limit: Apple M9 Example: 4 TFLOPS")) == 1
+
+
+def test_drifts_have_a_column_only_where_there_are_runs_enough() -> None:
+    assert "first → last third" in table(made_report(made_case(runs=6)))
+    assert "→" not in table(made_report(made_case(runs=5), once={"load_ms": Series("ms", (1.0,))}))
 
 
 def test_the_limit_of_decoding_is_that_of_a_token() -> None:
@@ -97,7 +102,7 @@ def test_what_is_done_sooner_than_its_limit_has_no_share_and_is_explained_once()
 def test_a_limit_without_a_known_peak_shows_work_and_no_share() -> None:
     limit = Limit(flops=120e9, bytes=0.4e9)
     (row,) = lines_of(table(made_report(made_case(limits={"vision_ms": limit}))), "vision")
-    assert row.endswith("120 GF   400 MB")
+    assert row.endswith("120 GFLOP   400 MB")
 
 
 def test_a_slower_end_is_flagged_for_times_and_speeds_but_not_for_few_runs() -> None:
