@@ -29,6 +29,7 @@ _COLOURS = {
     "first_token_ms": "#ccbb44",
 }
 _SIDES = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
+_RUNS = ("now", "saved")
 _UNFENCED, _LIMIT = "TTFT, nothing waited for", "vision, the limit"
 _COMPARED = ("ttft_ms", "second_turn_ttft_ms", "decode_tps", "peak_bytes")
 
@@ -196,22 +197,22 @@ def _compared(
     interleaved: bool,
 ) -> None:
     """Draw one figure's panel: `results` has a list of cases for each report."""
-    same_runtime = len({report.runtime for report in reports}) == 1  # then models differ
+    labels = _sides(reports)
     height = 0.8 / len(reports)
     mine = results[0]
-    for side, (report, cases) in enumerate(zip(reports, results, strict=True)):
+    first = labels[0] if labels == _RUNS else "the first" if _same_runtime(reports) else "ours"
+    for side, cases in enumerate(results):
         rows = [row + (side - (len(reports) - 1) / 2) * height for row in range(len(cases))]
         bars = axes.barh(
             rows, [case.series[name].median for case in cases], height=height * 0.92,
             color=_SIDES[side % len(_SIDES)],
-            label=report.model.name if same_runtime else report.runtime,
+            label=labels[side],
         )  # fmt: skip
         words = []
         for case, own in zip(cases, mine, strict=True):
             series = case.series[name]
             against = ratio(own.series[name], series, interleaved=interleaved)
-            whose = "the first" if same_runtime else "ours"
-            times = f", {whose} {against.median:.2f}x" if side and against is not None else ""
+            times = f", {first} {against.median:.2f}x" if side and against is not None else ""
             words.append(f" {shown(series.median, series.unit)}{times}")
         axes.bar_label(bars, words, fontsize=8)
     axes.set_yticks(range(len(mine)), [_short(result, mine) for result in mine])
@@ -223,6 +224,18 @@ def _compared(
     axes.set_xlim(left=0)
     axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def _same_runtime(reports: Sequence[Report]) -> bool:
+    return len({report.runtime for report in reports}) == 1
+
+
+def _sides(reports: Sequence[Report]) -> tuple[str, ...]:
+    """What tells reports apart: runtimes, or models, or that one of two was saved earlier."""
+    if not _same_runtime(reports):
+        return tuple(report.runtime for report in reports)
+    names = tuple(report.model.name for report in reports)
+    return _RUNS if len(names) == 2 and len(set(names)) == 1 else names
 
 
 def _png(draw: Callable[[Any], None], *, height: float) -> bytes:

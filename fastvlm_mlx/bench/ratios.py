@@ -54,7 +54,10 @@ def verdict(found: Ratio, better: Better, unit: Unit) -> str:
 
 def comparison_table(ours: Report, theirs: Report, *, interleaved: bool) -> str:
     """Return ratios of every figure that both have, case by case, and what was not the same."""
-    lines = [f"ours      {ours.runtime}", f"theirs    {theirs.runtime}"]
+    sides = ("ours", "theirs") if interleaved else ("now", "saved")
+    lines = [
+        f"{side:<10}{report.runtime}" for side, report in zip(sides, (ours, theirs), strict=True)
+    ]
     if interleaved:
         meaning = (
             "ratio: ours / theirs, the median over rounds in which both ran in turn, and the "
@@ -62,7 +65,7 @@ def comparison_table(ours: Report, theirs: Report, *, interleaved: bool) -> str:
         )
     else:
         meaning = (
-            f"ratio: ours / theirs, of medians of runs apart: theirs is of {theirs.created}; "
+            f"ratio: now / saved, of medians of runs apart: the saved one is of {theirs.created}; "
             "a load that only one of them saw is in it"
         )
     lines += textwrap.wrap(meaning, WIDTH)
@@ -73,15 +76,15 @@ def comparison_table(ours: Report, theirs: Report, *, interleaved: bool) -> str:
     ]
     found = {result.case: result for result in theirs.cases}
     if both := [name for name in ordered(ours.once) if name in theirs.once]:
-        lines += ["", _title("once a process")]
+        lines += ["", _title("once a process", sides)]
         lines += [_line(name, ours.once[name], theirs.once[name], interleaved) for name in both]
     for result in ours.cases:
         other = found.get(result.case)
         if other is None:
-            lines += ["", result.case.name, "  theirs has no such case"]
+            lines += ["", result.case.name, f"  {sides[1]} has no such case"]
             continue
         both = [name for name in ordered(result.series) if name in other.series]
-        lines += ["", result.case.name, _title("")]
+        lines += ["", result.case.name, _title("", sides)]
         lines += [
             _line(name, result.series[name], other.series[name], interleaved) for name in both
         ]
@@ -93,8 +96,8 @@ def comparison_table(ours: Report, theirs: Report, *, interleaved: bool) -> str:
     return "\n".join(lines)
 
 
-def _title(what: str) -> str:
-    return f"{what:<26}{'ours':>10}{'theirs':>11}{'ratio':>7}{'rounds':>15}{'n':>4}"
+def _title(what: str, sides: tuple[str, str]) -> str:
+    return f"{what:<26}{sides[0]:>10}{sides[1]:>11}{'ratio':>7}{'rounds':>15}{'n':>4}"
 
 
 def _line(name: str, ours: Series, theirs: Series, interleaved: bool) -> str:

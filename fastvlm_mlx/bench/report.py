@@ -129,6 +129,9 @@ def _count(count: int | None, noun: str) -> str:
 
 
 _FIGURES = f"{'':<26}{'median':>11}{'p90':>16}{'n':>4}"
+_OVERHEAD = "cold_overhead_ms"
+_OVERHEAD_AND_OTHERS = (_OVERHEAD, "cold_weights_ms", "cold_first_answer_ms")
+"""What of a cold start is no part of its overhead; the rest adds up to it."""
 _THIRDS = "   first → last third"
 
 
@@ -144,7 +147,8 @@ def _once(report: Report) -> Iterator[str]:
     for name in ordered(report.once):
         series = report.once[name]
         part = name.startswith(COLD) and name not in METRICS
-        yield _figure(name, series, "    " if part else "  ")
+        within = part and _OVERHEAD in report.once and name not in _OVERHEAD_AND_OTHERS
+        yield _figure(name, series, "      " if within else "    " if part else "  ")
 
 
 def _figure(name: str, series: Series, indent: str = "  ") -> str:
@@ -169,6 +173,8 @@ def _case(result: CaseResult) -> Iterator[str]:
     )
     series = result.series
     names = [name for name in ordered(series) if name not in STAGES]
+    if "paper_ttft_ms" in names and "paper_ttft_ms" in result.limits:
+        names.remove("paper_ttft_ms")  # stands below its stages
     if names:
         yield _titles({name: series[name] for name in names})
         yield from (_figure(name, series[name]) for name in names)

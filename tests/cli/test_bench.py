@@ -215,7 +215,7 @@ def test_a_sweep_leaves_out_and_names_what_the_model_has_no_room_for(run: Run) -
 def test_ratios_to_a_saved_result_stand_below_the_table(run: Run, whole: Whole) -> None:
     ran = run("bench", "--model", "demo", *QUICK, "--resolution", 64, "--compare", whole.saved)
     assert ran.code == 0
-    assert "ratio: ours / theirs, of medians of runs apart" in ran.out
+    assert "ratio: now / saved, of medians of runs apart" in ran.out
 
 
 @pytest.mark.slow

@@ -118,3 +118,10 @@ def test_drawing_neither_reads_nor_changes_what_the_user_set() -> None:
         for how in ("plain", "changed")
     )
     assert plain == changed != ""
+
+
+def test_a_legend_tells_runtimes_models_or_days_apart() -> None:
+    ours = made_report()
+    assert plots._sides([ours, made_report(runtime="mlx-vlm 1")]) == (ours.runtime, "mlx-vlm 1")
+    assert plots._sides([made_report(name="a"), made_report(name="b")]) == ("a", "b")
+    assert plots._sides([ours, made_report()]) == ("now", "saved")

@@ -196,7 +196,10 @@ def test_a_comparison_says_what_was_not_the_same() -> None:
     assert "not the same: power: on battery against mains" in text
     assert "not the same: compute dtype: bfloat16 against float16" in text
     assert "not the same: input picture 512" in text
-    assert "theirs has no such case" in text
+    assert "saved has no such case" in text
+    assert "now / saved" in text and "ours" not in text and "theirs" not in text
+    beside = comparison_table(ours, theirs, interleaved=True)
+    assert "ours / theirs" in beside and "saved" not in beside
     (ttft,) = lines_of(text, "TTFT  ")
     assert ttft.split() == ["TTFT", "94.1", "ms", "188", "ms", "0.50", "10"]
 
@@ -207,10 +210,14 @@ def test_the_file_caches_state_is_said_of_weights_that_were_read() -> None:
 
 
 def test_the_parts_of_a_cold_start_stand_below_it() -> None:
-    names = ("cold_weights_ms", "active_bytes", "cold_ttft_ms", "load_ms", "cold_start_ms")
+    names = (
+        *("cold_overhead_ms", "cold_start_ms", "cold_weights_ms", "active_bytes"),
+        *("cold_ttft_ms", "load_ms"),
+    )
     once = {name: Series("bytes" if "bytes" in name else "ms", (5.0,)) for name in names}
     lines = table(made_report(once=once)).splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("once a process"))
-    assert [line.split("  5")[0].rstrip() for line in lines[first + 1 : first + 6]] == [
-        "  load", "  cold TTFT", "    weights", "    start", "  MLX memory after loading",
+    assert [line.split("  5")[0].rstrip() for line in lines[first + 1 : first + 7]] == [
+        "  load", "  cold TTFT", "    overhead", "      start", "    weights",
+        "  MLX memory after loading",
     ]  # fmt: skip
