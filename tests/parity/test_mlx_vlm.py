@@ -58,8 +58,10 @@ REFERENCE: dict[str, Any] = json.loads((cases.HERE / "artifacts.json").read_text
 FLOAT32 = 1e-5
 FEATURES, FEATURES_PACKED = 3e-2, 5e-2
 LOGITS, LOGITS_PACKED = 3e-2, 8e-2
-# With mlx-vlm's own features. Measured: 0; a GPU's kernels may order bfloat16 sums differently.
+# With mlx-vlm's own features. Packed, measured: 0; a GPU's kernels may order bfloat16 sums differently.
 SAME_FEATURES = 5e-3
+# In plain bfloat16 a product's residual is added before its one rounding, theirs after: 1.1e-2.
+SAME_FEATURES_BFLOAT16 = 2e-2
 MARGIN = 20
 DEMO_CLEAR = 40
 """Of the demo model's 48 ids in bfloat16. Measured: at least 47."""
@@ -274,7 +276,9 @@ def test_with_mlx_vlms_features_logits_and_every_id_are_the_same(loaded: Loaded)
     for picture in pictures(loaded):
         features = loaded.reference(picture, "features")
         ours = loaded.logits(picture, features)
-        bound = FLOAT32 if loaded.exact else SAME_FEATURES
+        packed = loaded.logits_tolerance == LOGITS_PACKED
+        bound = SAME_FEATURES if packed else SAME_FEATURES_BFLOAT16
+        bound = FLOAT32 if loaded.exact else bound
         assert relative_rms(ours[0], loaded.reference(picture, "last")) <= bound, picture
         along = relative_rms(ours[:, ::COLUMN_STRIDE], loaded.reference(picture, "logits"))
         assert along <= bound, picture
