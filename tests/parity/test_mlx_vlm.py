@@ -58,7 +58,7 @@ REFERENCE: dict[str, Any] = json.loads((cases.HERE / "artifacts.json").read_text
 FLOAT32 = 1e-5
 FEATURES, FEATURES_PACKED = 3e-2, 5e-2
 LOGITS, LOGITS_PACKED = 3e-2, 8e-2
-# With mlx-vlm's own features. Packed, measured: 0; a GPU's kernels may order bfloat16 sums differently.
+# With mlx-vlm's own features, packed. Measured: 0; a GPU may order bfloat16 sums differently.
 SAME_FEATURES = 5e-3
 # In plain bfloat16 a product's residual is added before its one rounding, theirs after: 1.1e-2.
 SAME_FEATURES_BFLOAT16 = 2e-2
