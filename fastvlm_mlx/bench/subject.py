@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from fastvlm_mlx.backend import select_device
+from fastvlm_mlx.backend import compute_dtype, select_device
 from fastvlm_mlx.bench.file_cache import weight_files
 from fastvlm_mlx.bench.harness import Say
 from fastvlm_mlx.bench.peer_runtime import Weights
@@ -96,9 +96,9 @@ def synthetic_subject(
 
 
 def _weights(folder: Path, dtype: str | None, device: str | None) -> Weights:
-    on_cpu = select_device(device).type == mx.DeviceType.cpu
+    selected = select_device(device)
     return Weights(
         folder=folder,
-        dtype=dtype or ("float32" if on_cpu else "bfloat16"),
-        device="cpu" if on_cpu else "gpu",
+        dtype=str(compute_dtype(dtype, selected)).removeprefix("mlx.core."),
+        device="cpu" if selected.type == mx.DeviceType.cpu else "gpu",
     )
