@@ -323,7 +323,7 @@ def load(
     model's sizes before its weights are read, for what can be prepared meanwhile.
 
     `paired_heads` lets two of the tower's attention heads share a key of twice the width, for which
-    Metal has a fused kernel: up to 54 MiB more weights in float32, and elsewhere only more products.
+    Metal has a fused kernel: up to 54 MiB more weights in float32, elsewhere only more products.
     `low_memory` runs the tower step by step: the same features from less memory, but nothing else
     is done meanwhile.
 
